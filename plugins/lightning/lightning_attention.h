@@ -1,0 +1,67 @@
+// Lightning (gated linear) attention with one scalar decay per head and token:
+//   S_t = exp(g_t) S_(t-1) + k_t v_t^T,   o_t = scale * q_t S_t        (state S fp32 [d_k, d_v])
+// One launcher for prefill and one for decode; both take the same parameters.
+//
+// Shapes: B sequences, T new tokens (padded), H heads, K = V = head_dim (64 or 128), P state slots.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "mxc/types.h"
+
+namespace mxc {
+
+struct LightningParams {
+    // [B, T, H, K], [B, T, H, K], [B, T, H, V] and out [B, T, H, V], contiguous, `dtype` (fp16 or bf16; fp32 only where the
+    // catalog says so).
+    const void* q_BTHK = nullptr;
+    const void* k_BTHK = nullptr;
+    const void* v_BTHV = nullptr;
+    void* out_BTHV = nullptr;
+
+    // fp32 states [P, H, K, V]. In and out may be the same memory (in place) or disjoint; never partly overlapping.
+    // state_in may be null: zeros.
+    const float* state_in_PHKV = nullptr;
+    float* state_out_PHKV = nullptr;
+    // [B] slot of each sequence in the pools, or null: sequence b uses slot b. Slots not named stay untouched.
+    const int32_t* slots_B = nullptr;
+
+    // The decay, one of two forms:
+    //  - log_decay_BTH: g per token, fp32 [B, T, H], every value <= 0 (0 keeps the state), or
+    //  - slopes_H: g = -slopes_H[h] on every valid token (fp32, >= 0); the kernels then use a 65-entry table.
+    const float* log_decay_BTH = nullptr;
+    const float* slopes_H = nullptr;
+    // [B] valid new tokens of each row (0..T), or null: T. Tokens past the length neither decay nor feed the state and their
+    // outputs are written as zeros.
+    const int32_t* lengths_B = nullptr;
+
+    int32_t batch = 0;
+    int32_t tokens = 0;
+    int32_t heads = 0;
+    int32_t head_dim = 0;
+    int32_t slots = 0;  // P; 0 means batch
+    float scale = 1.0f;
+    DType dtype = DType::kBFloat16;
+
+    void* workspace = nullptr;
+    size_t workspace_bytes = 0;
+};
+
+// How a prefill is laid over the GPU; a pure function of shapes and the number of multiprocessors (see planner.h).
+struct LightningPlan {
+    int32_t kernel = 0;          // 0 portable mma, 1 sm_90a
+    int32_t value_splits = 1;    // CTAs that share one head, each with V / value_splits columns of the state
+    int32_t segments = 1;        // pieces of the sequence run side by side and joined by a scan
+    int32_t segment_chunks = 0;  // chunks of 64 tokens in each segment
+};
+
+LightningPlan planLightningPrefill(int32_t batch, int32_t tokens, int32_t heads, int32_t head_dim, int32_t sm_count,
+                                   int32_t compute_capability) noexcept;
+size_t lightningWorkspaceBytes(const LightningPlan& plan, int32_t batch, int32_t heads, int32_t head_dim) noexcept;
+
+// Any T >= 0. `plan` may be null: planned for the current device.
+Status launchLightningPrefill(const LightningParams& params, const LightningPlan* plan, cudaStream_t stream) noexcept;
+// T == 1 only: one pass over the state.
+Status launchLightningDecode(const LightningParams& params, cudaStream_t stream) noexcept;
+
+}  // namespace mxc
