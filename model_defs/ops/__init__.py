@@ -1,0 +1,20 @@
+"""Custom torch operators that survive tracing as single nodes, each with an eager reference and a fake implementation.
+
+`export.translate` gives each one its ONNX form. Importing this package registers them under `torch.ops.mxcompile`.
+"""
+
+from model_defs.ops.kv_cache import append_to_cache
+from model_defs.ops.lightning_attention import lightning_attention
+from model_defs.ops.moe import mixture_of_experts
+from model_defs.ops.rms_norm import rms_norm
+from model_defs.ops.rotary import rotary_embedding
+from model_defs.ops.softmax_attention import softmax_attention
+
+__all__ = [
+    "append_to_cache",
+    "lightning_attention",
+    "mixture_of_experts",
+    "rms_norm",
+    "rotary_embedding",
+    "softmax_attention",
+]
