@@ -1,0 +1,86 @@
+"""What a caller may ask of generation, checked where it is written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class GenerationError(Exception):
+    """A prompt or a setting that generation cannot honour; the message names it and the limit."""
+
+    exit_code = 2
+
+
+class NotFiniteError(GenerationError):
+    """The engine returned NaN or +inf logits: a wrong engine, not a wrong request."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Settings of one sequence. The defaults decode greedily.
+
+    `temperature` 0 takes the most likely token; above 0, tokens are drawn from softmax(logits / temperature) after
+    `top_k` (0: off) and then `top_p` (1: off) have cut it. `repetition_penalty` above 1 lowers every token of the
+    prompt and of the output so far (Keskar et al. 2019, section 4.1). The same `seed` gives a prompt the same tokens
+    alone and in any batch. `logprobs`: None reports none, n >= 0 reports the chosen token and the n most likely ones.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _whole("max_new_tokens", self.max_new_tokens, low=1)
+        _whole("top_k", self.top_k, low=0, hint=" (0 turns it off)")
+        _whole("seed", self.seed, low=0, high=2**64 - 1)
+        _number("temperature", self.temperature, low=0.0, hint=" (0 decodes greedily)")
+        _number("top_p", self.top_p, low=0.0, above=True, high=1.0, hint=" (1 turns it off)")
+        _number("repetition_penalty", self.repetition_penalty, low=0.0, above=True, hint=" (1 turns it off)")
+        if self.logprobs is not None:
+            _whole("logprobs", self.logprobs, low=0)
+        if isinstance(self.stop_strings, str):
+            raise GenerationError("stop_strings must be a list of strings, not one string")
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        for token in self.stop_token_ids:
+            _whole("a stop token id", token, low=0)
+        for text in self.stop_strings:
+            if not isinstance(text, str) or not text:
+                raise GenerationError(f"a stop string must be a non-empty string, not {text!r}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
+        """Settings from plain values (a request, a file). Raises GenerationError on an unknown name."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise GenerationError(f"unknown generation setting {unknown[0]!r}")
+        return cls(**values)
+
+
+def _whole(name: str, value: Any, *, low: int, high: int | None = None, hint: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        bounds = f"of at least {low}" if high is None else f"between {low} and {high}"
+        raise GenerationError(f"{name} must be a whole number {bounds}{hint}, not {value!r}")
+
+
+def _number(
+    name: str, value: Any, *, low: float, above: bool = False, high: float | None = None, hint: str = ""
+) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < low or (above and value == low) or (high is not None and value > high):
+        bounds = f"above {low:g}" if above else f"of at least {low:g}"
+        if high is not None:
+            bounds += f" and at most {high:g}"
+        raise GenerationError(f"{name} must be a number {bounds}{hint}, not {value!r}")
