@@ -1,0 +1,175 @@
+"""The engine directory's `config.json` as dataclasses, read strictly.
+
+Unknown schema versions, unknown or missing keys and wrong types are one EngineError that names the key: a
+configuration that is half understood must never run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from engines.errors import EngineError
+
+SCHEMA_VERSION = 1
+
+Kind = Literal["lightning", "softmax"]
+
+
+@dataclass(frozen=True)
+class Port:
+    """One graph input or output. `dims`: a number, or the name of a dynamic dimension."""
+
+    name: str
+    dtype: str
+    dims: list[int | str]
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One state: the graph reads it from input `past` and writes it to output `present`, same shape.
+
+    `role`: recurrent_state, key or value. `dims` of a recurrent state are ["batch", H, K, V], of a key or value
+    ["batch", G, "capacity", K].
+    """
+
+    layer: int
+    kind: Kind
+    role: Literal["recurrent_state", "key", "value"]
+    past: str
+    present: str
+    dtype: str
+    dims: list[int | str]
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """How the model is cut over ranks (names as TensorRT-LLM users know them)."""
+
+    tp_size: int = 1
+    moe_tp_size: int = 1
+    moe_ep_size: int = 1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`max_seq_len` counts prompt and generated tokens of one row; `prefill_chunk` is the default chunk."""
+
+    max_batch_size: int
+    max_seq_len: int
+    prefill_chunk: int
+
+
+@dataclass(frozen=True)
+class RankFiles:
+    """Files of one rank, names inside the engine directory. `weights` lists where each weight's bytes lie."""
+
+    rank: int
+    graph: str
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the engine was built from. `path` is where it lay then; `fingerprint` identifies its content."""
+
+    path: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """`sha256` of the whole file; `sampled` of its size and evenly spaced blocks (see `engines.digest`)."""
+
+    size: int
+    sha256: str
+    sampled: str
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The whole of `config.json`."""
+
+    mxcompile_version: str
+    target: str
+    model: dict[str, Any]
+    dtype: str
+    limits: Limits
+    inputs: list[Port]
+    outputs: list[Port]
+    states: list[StateTensor]
+    ranks: list[RankFiles]
+    schema_version: int = SCHEMA_VERSION
+    quantization: dict[str, Any] | None = None
+    mapping: Mapping = field(default_factory=Mapping)
+    taps: list[str] = field(default_factory=list)
+    checkpoint: Checkpoint | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+    @property
+    def num_layers(self) -> int:
+        return 1 + max((s.layer for s in self.states), default=-1)
+
+    def layers(self, kind: Kind) -> list[int]:
+        """Layers of one kind, ascending."""
+        return sorted({s.layer for s in self.states if s.kind == kind})
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> EngineConfig:
+        """Parse; `source` (a file name) goes into errors."""
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise EngineError(f"{source}: not valid JSON ({error}); rebuild the engine") from None
+        if not isinstance(raw, dict) or "schema_version" not in raw:
+            raise EngineError(f"{source}: no schema_version; this is not an engine directory of mxcompile")
+        if raw["schema_version"] != SCHEMA_VERSION:
+            raise EngineError(
+                f"{source}: schema version {raw['schema_version']!r}, this mxcompile reads {SCHEMA_VERSION}; "
+                "rebuild the engine or use the mxcompile version that built it"
+            )
+        return _read(cls, raw, source, "")
+
+
+def _read(kind: Any, raw: Any, source: str, where: str) -> Any:
+    """Turn plain JSON into `kind` (a dataclass, builtin, list, dict, Literal or union), strictly."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(raw, dict):
+        hints = typing.get_type_hints(kind)
+        for key in raw:
+            if key not in hints:
+                raise EngineError(f"{source}: unknown key {where + key!r}; rebuild the engine")
+        values = {}
+        for spec in dataclasses.fields(kind):
+            if spec.name in raw:
+                values[spec.name] = _read(hints[spec.name], raw[spec.name], source, f"{where}{spec.name}.")
+            else:
+                raise EngineError(f"{source}: missing key {where + spec.name!r}; rebuild the engine")
+        return typing.cast(Any, kind)(**values)
+    if origin is list and isinstance(raw, list):
+        return [_read(args[0], item, source, f"{where}{i}.") for i, item in enumerate(raw)]
+    if origin is dict and isinstance(raw, dict):
+        return {key: _read(args[1], item, source, f"{where}{key}.") for key, item in raw.items()}
+    if origin is Literal and raw in args:
+        return raw
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            if option is type(None) and raw is None:
+                return None
+            if isinstance(option, type) and type(raw) is option:
+                return raw
+        for option in args:
+            if (dataclasses.is_dataclass(option) or typing.get_origin(option)) and isinstance(raw, (dict, list)):
+                return _read(option, raw, source, where)
+    if kind is Any or (isinstance(kind, type) and type(raw) is kind):
+        return raw
+    raise EngineError(f"{source}: {where.rstrip('.')!r} has an unexpected value {str(raw)[:60]!r}; rebuild the engine")
