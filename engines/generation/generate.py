@@ -59,7 +59,7 @@ class Generation:
             raise GenerationError(
                 f"the state holds {len(past_B)} sequences, but {len(self._prompts)} prompts were given"
             )
-        vocab_size = int(session.config.vocab_size)
+        vocab_size = session.vocab_size
         for row, prompt in enumerate(self._prompts):
             _check_prompt(row, prompt, int(past_B[row]), session.max_seq_len, vocab_size)
             if configs[row].stop_strings and detokenizer is None:
@@ -107,7 +107,7 @@ class Generation:
             new_lengths_B[row.index] = 1
         if len(active) == len(self._rows):
             return self._session.decode(ids_B1[:, 0], self._state)
-        return self._session.forward(ids_B1, new_lengths_B, self._state, positions="last").logits
+        return self._session.forward(ids_B1, new_lengths_B, self._state, positions="last").logits[:, 0]
 
 
 def generate(

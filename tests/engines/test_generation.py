@@ -34,7 +34,7 @@ class ToyState:
 class ToySession:
     """The session contract, with garbage for rows that got no token."""
 
-    config = SimpleNamespace(vocab_size=VOCAB)
+    vocab_size = VOCAB
 
     def __init__(self, max_seq_len=64, max_batch_size=8):
         self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
@@ -48,10 +48,10 @@ class ToySession:
         ids = np.zeros((len(prompts), lengths.max()), np.int64)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
-        return self.forward(ids, lengths, state).logits
+        return self.forward(ids, lengths, state).logits[:, 0]
 
     def decode(self, tokens_B, state):
-        return self.forward(np.asarray(tokens_B)[:, None], np.ones(len(tokens_B), np.int64), state).logits
+        return self.forward(np.asarray(tokens_B)[:, None], np.ones(len(tokens_B), np.int64), state).logits[:, 0]
 
     def forward(self, ids_BT, new_lengths_B, state, positions="last", taps=False):
         out = np.full((len(ids_BT), VOCAB), np.nan, np.float32)
@@ -61,7 +61,7 @@ class ToySession:
             self.fed += int(count)
             if count:
                 out[row] = toy_logits(tuple(state.histories[row]))
-        return SimpleNamespace(logits=out)
+        return SimpleNamespace(logits=out[:, None])
 
 
 class Letters:

@@ -176,10 +176,9 @@ def test_generation_streams_text(tokenizer):
     from engines.generation import GenerationConfig, generate
 
     script = tokenizer.encode("Größe 中文 END")
-    vocab = VOCAB
 
     class Script:
-        config = SimpleNamespace(vocab_size=vocab)
+        vocab_size = VOCAB
         max_seq_len, max_batch_size, step = 100, 1, -1
 
         def new_state(self, batch):
@@ -189,7 +188,7 @@ def test_generation_streams_text(tokenizer):
             import numpy as np
 
             self.step += 1
-            logits = np.zeros((1, vocab), np.float32)
+            logits = np.zeros((1, VOCAB), np.float32)
             logits[0, [*script, EOS][self.step]] = 9
             return logits
 
