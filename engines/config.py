@@ -116,6 +116,14 @@ class EngineConfig:
     def num_layers(self) -> int:
         return 1 + max((s.layer for s in self.states), default=-1)
 
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        for port in self.outputs:
+            if port.name == "logits" and isinstance(port.dims[-1], int):
+                return port.dims[-1]
+        raise EngineError("the engine's configuration has no logits output; rebuild the engine")
+
     def layers(self, kind: Kind) -> list[int]:
         """Layers of one kind, ascending."""
         return sorted({s.layer for s in self.states if s.kind == kind})
