@@ -15,13 +15,14 @@ model's definition.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model_defs import ops
 from model_defs.config import ModelConfig, ResidualScale
-from model_defs.slopes import decay_slopes
+from model_defs.constants import decay_slopes, rotary_frequencies
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,8 +40,7 @@ class StepContext:
     sin_BTR: Tensor
 
 
-@dataclass(frozen=True)
-class Taps:
+class Taps(NamedTuple):
     """Inside values for finding the layer where two runs part."""
 
     hidden: list[Tensor]  # per layer: the residual stream behind it, [B, T, D]
@@ -81,7 +81,7 @@ class LightningAttention(nn.Module):
         qkv = torch.nn.functional.silu(self.qkv_proj.linear(x_BTD)).reshape(batch, tokens, self.heads, 3 * self.head_dim)
         q, k, v = (part.reshape(batch, tokens, -1).to(wide) for part in qkv.split(self.head_dim, dim=-1))
         valid_BT1 = context.valid_BT.unsqueeze(-1).to(wide)
-        log_decay_BTH = valid_BT1 * torch.tensor([-s for s in self.slopes], dtype=wide, device=x_BTD.device)
+        log_decay_BTH = ops.log_decay(valid_BT1, self.slopes)
         mixed_BTW, present_BHKV = ops.lightning_attention(q, k * valid_BT1, v * valid_BT1, log_decay_BTH, past_state_BHKV)
         normed_BTW = ops.rms_norm(mixed_BTW.to(x_BTD.dtype), self.norm.weight, self.eps)
         gated_BTW = torch.sigmoid(self.output_gate.linear(x_BTD)) * normed_BTW
@@ -133,10 +133,8 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the mixed expert outputs [B, T, D] and the router logits [B, T, E]."""
         router_BTE = self.gate.linear_wide(x_BTD)
-        mixed_ND = ops.mixture_of_experts(
-            x_BTD.flatten(0, 1), router_BTE.flatten(0, 1), self.fc1.weight, self.fc2.weight, self.top_k
-        )
-        return mixed_ND.reshape(x_BTD.shape), router_BTE
+        mixed_BTD = ops.mixture_of_experts(x_BTD, router_BTE.flatten(0, 1), self.fc1.weight, self.fc2.weight, self.top_k)
+        return mixed_BTD, router_BTE
 
 
 class DecoderLayer(nn.Module):
@@ -181,6 +179,7 @@ class TextModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, layer, dtype) for layer in range(config.num_layers))
         self.norm = Weight(config.hidden_size, dtype=dtype)
         self.lm_head = Weight(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.frequencies = rotary_frequencies(config.rotary_dim, config.rope_theta).tolist()
 
     def forward(
         self,
@@ -212,19 +211,14 @@ class TextModel(nn.Module):
             presents += new_states
             taps.hidden.append(x_BTD)
             taps.router_logits.append(router_BTE)
-        chosen_BPD = x_BTD.take_along_dim(logit_positions_BP.unsqueeze(-1), dim=1)
+        chosen_BPD = x_BTD.gather(1, logit_positions_BP.unsqueeze(-1).expand(-1, -1, x_BTD.shape[-1]))
         logits_BPN = self.lm_head.linear_wide(ops.rms_norm(chosen_BPD, self.norm.weight, self.config.rms_norm_eps))
         return logits_BPN, presents, taps
 
     def _context(self, input_ids_BT: Tensor, new_lengths_B: Tensor, past_lengths_B: Tensor) -> StepContext:
         offsets_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
-        half = self.config.rotary_dim // 2
-        # fp32 by definition: the original multiplies fp32 positions by fp32 frequencies (facts, 2.4).
-        frequencies_R = 1.0 / self.config.rope_theta ** (
-            torch.arange(half, dtype=torch.float32, device=input_ids_BT.device) * 2 / self.config.rotary_dim
-        )
         positions_BT = past_lengths_B.unsqueeze(1) + offsets_T
-        angles_BTR = (positions_BT.float().unsqueeze(-1) * frequencies_R).to(wide_dtype(self.dtype))
+        angles_BTR = ops.rotary_angles(positions_BT, self.frequencies).to(wide_dtype(self.dtype))
         return StepContext(past_lengths_B, offsets_T < new_lengths_B.unsqueeze(1), angles_BTR.cos(), angles_BTR.sin())
 
     def new_states(self, batch: int, capacity: int) -> list[Tensor]:

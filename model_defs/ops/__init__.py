@@ -5,16 +5,19 @@
 
 from model_defs.ops.kv_cache import append_to_cache
 from model_defs.ops.lightning_attention import lightning_attention
+from model_defs.ops.log_decay import log_decay
 from model_defs.ops.moe import mixture_of_experts
 from model_defs.ops.rms_norm import rms_norm
-from model_defs.ops.rotary import rotary_embedding
+from model_defs.ops.rotary import rotary_angles, rotary_embedding
 from model_defs.ops.softmax_attention import softmax_attention
 
 __all__ = [
     "append_to_cache",
     "lightning_attention",
+    "log_decay",
     "mixture_of_experts",
     "rms_norm",
+    "rotary_angles",
     "rotary_embedding",
     "softmax_attention",
 ]

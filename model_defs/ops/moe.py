@@ -1,6 +1,6 @@
 """Routed SwiGLU experts (facts, 2.5).
 
-Legend: N tokens, D hidden, E experts, I inner width of an expert.
+Legend: B batch, T tokens, N = B * T, D hidden, E experts, I inner width of an expert.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 @torch.library.custom_op("mxcompile::mixture_of_experts", mutates_args=())
-def mixture_of_experts(x_ND: Tensor, router_logits_NE: Tensor, fc1_EJD: Tensor, fc2_EDI: Tensor, top_k: int) -> Tensor:
+def mixture_of_experts(x_BTD: Tensor, router_logits_NE: Tensor, fc1_EJD: Tensor, fc2_EDI: Tensor, top_k: int) -> Tensor:
     """sum over the top_k experts e of w_e * w2_e( silu(w1_e x) * (w3_e x) ).
 
     The weights w are the softmax over all experts, cut to the top_k and divided by their sum.
 
     Args:
-        x_ND: tokens.
+        x_BTD: tokens.
         router_logits_NE: fp32 (fp64 when x is).
         fc1_EJD: [E, 2I, D] with w1 (gate) and w3 (up) interleaved: row 2i is gate i, row 2i+1 is up i. This is the layout that
             com.microsoft::MoE calls swiglu_fusion=1.
@@ -24,20 +24,21 @@ def mixture_of_experts(x_ND: Tensor, router_logits_NE: Tensor, fc1_EJD: Tensor, 
         top_k: experts per token.
 
     Returns:
-        [N, D], dtype of x.
+        [B, T, D], dtype of x.
     """
     probabilities_NE = router_logits_NE.softmax(-1)
     weights_Nk, chosen_Nk = probabilities_NE.topk(top_k, dim=-1)
-    weights_Nk = (weights_Nk / weights_Nk.sum(-1, keepdim=True)).to(x_ND.dtype)
+    weights_Nk = (weights_Nk / weights_Nk.sum(-1, keepdim=True)).to(x_BTD.dtype)
+    x_ND = x_BTD.flatten(0, 1)
     output_ND = torch.zeros_like(x_ND)
     for expert in chosen_Nk.unique().tolist():
         token, slot = (chosen_Nk == expert).nonzero(as_tuple=True)
         fused_nJ = x_ND[token] @ fc1_EJD[expert].T
         inner_nI = torch.nn.functional.silu(fused_nJ[:, 0::2]) * fused_nJ[:, 1::2]
         output_ND.index_add_(0, token, (inner_nI @ fc2_EDI[expert].T) * weights_Nk[token, slot].unsqueeze(-1))
-    return output_ND
+    return output_ND.reshape(x_BTD.shape)
 
 
 @mixture_of_experts.register_fake
-def _(x_ND: Tensor, router_logits_NE: Tensor, fc1_EJD: Tensor, fc2_EDI: Tensor, top_k: int) -> Tensor:
-    return torch.empty_like(x_ND)
+def _(x_BTD: Tensor, router_logits_NE: Tensor, fc1_EJD: Tensor, fc2_EDI: Tensor, top_k: int) -> Tensor:
+    return torch.empty_like(x_BTD)

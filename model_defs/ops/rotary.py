@@ -5,8 +5,31 @@ Legend: B batch, H heads, T tokens, K channels of a head, R half of the rotary c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+
+@torch.library.custom_op("mxcompile::rotary_angles", mutates_args=())
+def rotary_angles(positions_BT: Tensor, frequencies: Sequence[float]) -> Tensor:
+    """position * frequency, in fp32 whatever the model's dtype: the original multiplies fp32 by fp32, so the rounding belongs
+    to the model.
+
+    Args:
+        positions_BT: int64, absolute positions.
+        frequencies: R fp32 values (`constants.rotary_frequencies`).
+
+    Returns:
+        fp32 [B, T, R], radians.
+    """
+    frequencies_R = torch.tensor(frequencies, dtype=torch.float32, device=positions_BT.device)
+    return positions_BT.float().unsqueeze(-1) * frequencies_R
+
+
+@rotary_angles.register_fake
+def _(positions_BT: Tensor, frequencies: Sequence[float]) -> Tensor:
+    return positions_BT.new_empty((*positions_BT.shape, len(frequencies)), dtype=torch.float32)
 
 
 @torch.library.custom_op("mxcompile::rotary_embedding", mutates_args=())

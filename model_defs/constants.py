@@ -1,4 +1,4 @@
-"""Decay slopes of the lightning layers (facts, 2.3)."""
+"""Numbers that are part of the model but not of its weights: decay slopes and rotary frequencies (facts, 2.3 and 2.4)."""
 
 from __future__ import annotations
 
@@ -28,3 +28,13 @@ def decay_slopes(config: ModelConfig, layer: int) -> NDArray[np.float32]:
     base = np.array([2.0 ** (-8.0 * (head + 1) / heads) for head in range(heads)], dtype=np.float32)
     depth_factor = 1 - layer / max(config.slope_layers - 1, 1) + 1e-5
     return base * np.float32(depth_factor)
+
+
+def rotary_frequencies(rotary_dim: int, theta: float) -> NDArray[np.float32]:
+    """theta^(-2 i / rotary_dim) for i < rotary_dim / 2, in the original's order of fp32 operations: fp32 [rotary_dim / 2].
+
+    Computed once and written into graphs as numbers: at position one million the last bit of a frequency is a visible angle, so
+    no two runtimes may compute it for themselves.
+    """
+    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
+    return np.float32(1) / np.float32(theta) ** exponents

@@ -1,0 +1,91 @@
+"""From the PyTorch definition to the canonical ONNX graph, without a single weight in memory."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+import torch
+
+from export.contract import BATCH, CAPACITY, LOGITS, POSITIONS, TOKEN_INPUTS, TOKENS, hidden_tap, router_tap, state_specs
+from export.passes import run_passes
+from export.passes.fix_reshapes import FixReshapes
+from export.passes.name_dimensions import NameDimensions
+from export.passes.strip_metadata import StripMetadata
+from export.translate import CANONICAL_OPSET, translation_table
+from export.verify import verify_canonical, verify_structure
+from model_defs.config import ModelConfig
+from model_defs.text_model import TextModel
+
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def trace_program(config: ModelConfig, dtype: str = "float32") -> torch.export.ExportedProgram:
+    """Trace the model on the meta device, dynamic in batch, new tokens, logit positions and cache capacity."""
+    with torch.device("meta"):
+        model = TextModel(config, TORCH_DTYPES[dtype])
+    model.eval()
+    # Distinct sizes above one, so that the tracer cannot take two dimensions for the same or for a constant.
+    sizes = {BATCH: 2, TOKENS: 3, POSITIONS: 5, CAPACITY: 16}
+    dims = {name: torch.export.Dim(name) for name in sizes}
+
+    def integers(names: tuple[int | str, ...]) -> torch.Tensor:
+        return torch.zeros([sizes[str(name)] for name in names], dtype=torch.int64, device="meta")
+
+    def dynamic(names: tuple[int | str, ...]) -> dict[int, torch.export.Dim]:
+        return {axis: dims[name] for axis, name in enumerate(names) if isinstance(name, str)}
+
+    arguments = (*(integers(names) for names in TOKEN_INPUTS.values()), model.new_states(sizes[BATCH], sizes[CAPACITY]))
+    shapes = (*(dynamic(names) for names in TOKEN_INPUTS.values()), [dynamic(spec.dims) for spec in state_specs(config)])
+    with torch.no_grad():
+        return torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
+
+
+def trace_model(config: ModelConfig, dtype: str = "float32") -> ir.Model:
+    """The canonical graph of `config` with initializers that have a type and a shape but no bytes yet (see `export.weights`).
+
+    Args:
+        config: the architecture; weights are not needed.
+        dtype: of weights and activations: float32, float16 or bfloat16. States and logits are as the design says.
+
+    Returns:
+        Inputs and outputs named as `export.contract` says; layers' inside values named by `hidden_tap` and `router_tap`;
+        initializers named as the parameters of `TextModel`.
+    """
+    program = torch.onnx.export(
+        trace_program(config, dtype),
+        # Its optimizer would fold weights that are not there; the graph needs no folding.
+        optimize=False,
+        opset_version=18,  # what the translations of torch are written in; the few operators left are the same up to 27
+        custom_translation_table=translation_table(config),
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model
+    model.opset_imports[""] = CANONICAL_OPSET
+    model.graph.name = "mxcompile_canonical"
+    _name_inputs_and_outputs(model.graph, config)
+    inputs = TOKEN_INPUTS | {spec.input_name: spec.dims for spec in state_specs(config)}
+    passes = [
+        NameDimensions(inputs),
+        FixReshapes(),
+        common_passes.IdentityEliminationPass(),
+        common_passes.CommonSubexpressionEliminationPass(),
+        common_passes.RemoveUnusedNodesPass(),
+        StripMetadata(),
+    ]
+    model = run_passes(model, passes, verify_structure)
+    verify_canonical(model, config)
+    return model
+
+
+def _name_inputs_and_outputs(graph: ir.Graph, config: ModelConfig) -> None:
+    """Give graph inputs and outputs their contract names, and turn the tap outputs into named inside values."""
+    specs = state_specs(config)
+    for value, name in zip(graph.inputs, [*TOKEN_INPUTS, *(spec.input_name for spec in specs)], strict=True):
+        value.name = name
+    layers = range(config.num_layers)
+    taps = [*(hidden_tap(layer) for layer in layers), *(router_tap(layer) for layer in layers)]
+    names = [LOGITS, *(spec.output_name for spec in specs), *taps]
+    for value, name in zip(graph.outputs, names, strict=True):
+        value.name = name
+    del graph.outputs[1 + len(specs) :]
