@@ -13,6 +13,7 @@ from export.passes.name_dimensions import NameDimensions
 from export.passes.strip_metadata import StripMetadata
 from export.translate import CANONICAL_OPSET, translation_table
 from export.verify import verify_canonical, verify_structure
+from export.weights import forget_weights
 from model_defs.config import ModelConfig
 from model_defs.text_model import TextModel
 
@@ -75,6 +76,7 @@ def trace_model(config: ModelConfig, dtype: str = "float32") -> ir.Model:
     ]
     model = run_passes(model, passes, verify_structure)
     verify_canonical(model, config)
+    forget_weights(model, config)
     return model
 
 

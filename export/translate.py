@@ -53,6 +53,17 @@ def translation_table(config: ModelConfig) -> dict[Callable, Callable]:
         output, *_unused = op.Attention(q, key, value, None, None, None, written, is_causal=1)
         return output
 
+    def scaled(x: Any, factor: float) -> Any:
+        if factor == 1.0:
+            return x
+        if x.dtype == ir.DataType.FLOAT:
+            return base.Mul(x, base.Constant(value_float=factor))
+        wide = base.Mul(base.Cast(x, to=ir.DataType.FLOAT), base.Constant(value_float=factor))
+        return base.Cast(wide, to=x.dtype)
+
+    def scaled_residual(normed: Any, branch: Any, alpha: float, beta: float) -> Any:
+        return base.Add(scaled(normed, alpha), scaled(branch, beta))
+
     def mixture_of_experts(x: Any, router_logits: Any, fc1: Any, fc2: Any, top_k: int) -> Any:
         return contrib.MoE(
             x,
@@ -87,6 +98,7 @@ def translation_table(config: ModelConfig) -> dict[Callable, Callable]:
         ours.rotary_angles.default: rotary_angles,
         ours.rotary_embedding.default: rotary_embedding,
         ours.append_to_cache.default: append_to_cache,
+        ours.scaled_residual.default: scaled_residual,
         ours.softmax_attention.default: softmax_attention,
         ours.mixture_of_experts.default: mixture_of_experts,
     }

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from model_defs import ops
-from model_defs.config import ModelConfig, ResidualScale
+from model_defs.config import ModelConfig
 from model_defs.constants import decay_slopes, rotary_frequencies
 
 
@@ -154,15 +154,12 @@ class DecoderLayer(nn.Module):
     def forward(self, x_BTD: Tensor, context: StepContext, states: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
         normed_BTD = ops.rms_norm(x_BTD, self.input_layernorm.weight, self.eps)
         attended_BTD, *presents = self.self_attn(normed_BTD, context, *states)
-        x_BTD = _residual(self.attention_scale, normed_BTD, attended_BTD)
+        scale = self.attention_scale
+        x_BTD = ops.scaled_residual(normed_BTD, attended_BTD, scale.alpha, scale.beta)
         normed_BTD = ops.rms_norm(x_BTD, self.post_attention_layernorm.weight, self.eps)
         mixed_BTD, router_BTE = self.block_sparse_moe(normed_BTD)
-        return _residual(self.mlp_scale, normed_BTD, mixed_BTD), presents, router_BTE
-
-
-def _residual(scale: ResidualScale, normed: Tensor, branch: Tensor) -> Tensor:
-    # beta is 1 in every published model; skipping the product keeps the graph small and changes nothing.
-    return normed * scale.alpha + (branch if scale.beta == 1.0 else branch * scale.beta)
+        x_BTD = ops.scaled_residual(normed_BTD, mixed_BTD, self.mlp_scale.alpha, self.mlp_scale.beta)
+        return x_BTD, presents, router_BTE
 
 
 class TextModel(nn.Module):

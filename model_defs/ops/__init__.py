@@ -7,6 +7,7 @@ from model_defs.ops.kv_cache import append_to_cache
 from model_defs.ops.lightning_attention import lightning_attention
 from model_defs.ops.log_decay import log_decay
 from model_defs.ops.moe import mixture_of_experts
+from model_defs.ops.residual import scaled_residual
 from model_defs.ops.rms_norm import rms_norm
 from model_defs.ops.rotary import rotary_angles, rotary_embedding
 from model_defs.ops.softmax_attention import softmax_attention
@@ -19,5 +20,6 @@ __all__ = [
     "rms_norm",
     "rotary_angles",
     "rotary_embedding",
+    "scaled_residual",
     "softmax_attention",
 ]

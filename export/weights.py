@@ -1,0 +1,80 @@
+"""Binding the canonical graph's initializers to a checkpoint, by reference wherever its bytes can be used as they are."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from export.errors import ExportError
+from model_defs.config import ModelConfig
+from model_defs.weights import Direct, Recipe, weight_recipes
+
+_NUMPY_DTYPES = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
+_STORED_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+
+
+class Entry(Protocol):
+    """Where a checkpoint keeps one tensor."""
+
+    file: object  # pathlib.Path, absolute
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Source(Protocol):
+    """What binding needs of a checkpoint; `model_defs.checkpoint.reader.Checkpoint` is one."""
+
+    entries: dict[str, Entry]
+
+    def array(self, name: str) -> NDArray: ...
+
+
+def forget_weights(model: ir.Model, config: ModelConfig) -> None:
+    """Leave the weight initializers with a type and a shape only."""
+    for name in weight_recipes(config):
+        model.graph.initializers[name].const_value = None
+
+
+def bind_weights(model: ir.Model, config: ModelConfig, source: Source) -> None:
+    """Give every weight initializer of `model` its value, without reading any.
+
+    A checkpoint tensor of the wanted type and form becomes an `ir.ExternalTensor` that points into the safetensors file. One that must
+    be widened, narrowed, stacked or interleaved becomes an `ir.LazyTensor` that is made when somebody asks, and not kept.
+
+    Raises:
+        ExportError: a tensor is missing, or its shape is not what the graph needs.
+    """
+    for name, recipe in weight_recipes(config).items():
+        value = model.graph.initializers[name]
+        value.const_value = bound_tensor(name, recipe, value, source)
+
+
+def bound_tensor(name: str, recipe: Recipe, value: ir.Value, source: Source) -> ir.TensorProtocol:
+    """The tensor for one initializer; see `bind_weights`."""
+    assert value.shape is not None
+    assert value.dtype is not None
+    shape, dtype = value.shape.numpy(), value.dtype
+    for tensor in recipe.tensors:
+        if tensor not in source.entries:
+            raise ExportError(f"the checkpoint has no tensor {tensor!r}")
+    if isinstance(recipe, Direct):
+        entry = source.entries[recipe.tensor]
+        if tuple(entry.shape) != tuple(shape):
+            raise ExportError(f"tensor {recipe.tensor!r} has shape {list(entry.shape)}, the model needs {list(shape)}")
+        if _STORED_DTYPES.get(entry.dtype) == dtype:
+            file = entry.file
+            return ir.ExternalTensor(str(file), entry.offset, entry.nbytes, dtype, shape=value.shape, name=name)
+
+    def assemble() -> ir.TensorProtocol:
+        array = recipe.assemble(source.array)
+        if array.shape != tuple(shape):
+            raise ExportError(f"{name} assembles to shape {list(array.shape)}, the model needs {list(shape)}")
+        return ir.tensor(array.astype(_NUMPY_DTYPES[dtype], copy=False), dtype=dtype, name=name)
+
+    return ir.LazyTensor(assemble, dtype=dtype, shape=value.shape, name=name, cache=False)
