@@ -6,7 +6,17 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import torch
 
-from export.contract import BATCH, CAPACITY, LOGITS, POSITIONS, TOKEN_INPUTS, TOKENS, hidden_tap, router_tap, state_specs
+from export.contract import (
+    BATCH,
+    CAPACITY,
+    LOGITS,
+    POSITIONS,
+    TOKEN_INPUTS,
+    TOKENS,
+    hidden_tap,
+    router_tap,
+    state_specs,
+)
 from export.passes import run_passes
 from export.passes.fix_reshapes import FixReshapes
 from export.passes.name_dimensions import NameDimensions
@@ -36,7 +46,10 @@ def trace_program(config: ModelConfig, dtype: str = "float32") -> torch.export.E
         return {axis: dims[name] for axis, name in enumerate(names) if isinstance(name, str)}
 
     arguments = (*(integers(names) for names in TOKEN_INPUTS.values()), model.new_states(sizes[BATCH], sizes[CAPACITY]))
-    shapes = (*(dynamic(names) for names in TOKEN_INPUTS.values()), [dynamic(spec.dims) for spec in state_specs(config)])
+    shapes = (
+        *(dynamic(names) for names in TOKEN_INPUTS.values()),
+        [dynamic(spec.dims) for spec in state_specs(config)],
+    )
     with torch.no_grad():
         return torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
 

@@ -103,7 +103,9 @@ def _verify_state_dims(graph: ir.Graph, config: ModelConfig) -> None:
 
 def _same_names(what: str, found: list[str | None], expected: list[str]) -> None:
     if found != expected:
-        wrong = next((pair for pair in zip(found, expected, strict=False) if pair[0] != pair[1]), (len(found), len(expected)))
+        wrong = next(
+            (pair for pair in zip(found, expected, strict=False) if pair[0] != pair[1]), (len(found), len(expected))
+        )
         raise ExportError(f"graph {what} differ from the contract: {wrong[0]!r} where {wrong[1]!r} is expected")
 
 

@@ -75,9 +75,13 @@ class ModelConfig:
                 f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds num_local_experts ({self.num_local_experts})"
             )
         if not isinstance(self.rotary_dim, int) or not 0 < self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
-            raise ConfigError(f"rotary_dim must be even and between 2 and head_dim ({self.head_dim}), not {self.rotary_dim!r}")
+            raise ConfigError(
+                f"rotary_dim must be even and between 2 and head_dim ({self.head_dim}), not {self.rotary_dim!r}"
+            )
         if self.slope_layers < len(self.layer_kinds):
-            raise ConfigError(f"slope_layers ({self.slope_layers}) is less than the {len(self.layer_kinds)} layers built")
+            raise ConfigError(
+                f"slope_layers ({self.slope_layers}) is less than the {len(self.layer_kinds)} layers built"
+            )
         for key in ("rope_theta", "rms_norm_eps", "lightning_norm_eps"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key} must be positive, not {getattr(self, key)!r}")

@@ -68,7 +68,9 @@ class LightningAttention(nn.Module):
         super().__init__()
         hidden, width = config.hidden_size, config.attention_width
         self.heads, self.head_dim, self.eps = config.num_attention_heads, config.head_dim, config.lightning_norm_eps
-        self.qkv_proj = Weight(3 * width, hidden, dtype=dtype)  # rows grouped per head: q, k, v of head 0, then of head 1, ...
+        self.qkv_proj = Weight(
+            3 * width, hidden, dtype=dtype
+        )  # rows grouped per head: q, k, v of head 0, then of head 1, ...
         self.output_gate = Weight(width, hidden, dtype=dtype)
         self.out_proj = Weight(hidden, width, dtype=dtype)
         self.norm = Weight(width, dtype=dtype)
@@ -78,11 +80,15 @@ class LightningAttention(nn.Module):
     def forward(self, x_BTD: Tensor, context: StepContext, past_state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
         batch, tokens, _ = x_BTD.shape
         wide = wide_dtype(x_BTD.dtype)
-        qkv = torch.nn.functional.silu(self.qkv_proj.linear(x_BTD)).reshape(batch, tokens, self.heads, 3 * self.head_dim)
+        qkv = torch.nn.functional.silu(self.qkv_proj.linear(x_BTD)).reshape(
+            batch, tokens, self.heads, 3 * self.head_dim
+        )
         q, k, v = (part.reshape(batch, tokens, -1).to(wide) for part in qkv.split(self.head_dim, dim=-1))
         valid_BT1 = context.valid_BT.unsqueeze(-1).to(wide)
         log_decay_BTH = ops.log_decay(valid_BT1, self.slopes)
-        mixed_BTW, present_BHKV = ops.lightning_attention(q, k * valid_BT1, v * valid_BT1, log_decay_BTH, past_state_BHKV)
+        mixed_BTW, present_BHKV = ops.lightning_attention(
+            q, k * valid_BT1, v * valid_BT1, log_decay_BTH, past_state_BHKV
+        )
         normed_BTW = ops.rms_norm(mixed_BTW.to(x_BTD.dtype), self.norm.weight, self.eps)
         gated_BTW = torch.sigmoid(self.output_gate.linear(x_BTD)) * normed_BTW
         return self.out_proj.linear(gated_BTW), present_BHKV
@@ -92,7 +98,11 @@ class SoftmaxAttention(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         hidden, width = config.hidden_size, config.attention_width
-        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.q_proj = Weight(width, hidden, dtype=dtype)
         self.k_proj = Weight(self.kv_heads * self.head_dim, hidden, dtype=dtype)
         self.v_proj = Weight(self.kv_heads * self.head_dim, hidden, dtype=dtype)
@@ -133,7 +143,9 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the mixed expert outputs [B, T, D] and the router logits [B, T, E]."""
         router_BTE = self.gate.linear_wide(x_BTD)
-        mixed_BTD = ops.mixture_of_experts(x_BTD, router_BTE.flatten(0, 1), self.fc1.weight, self.fc2.weight, self.top_k)
+        mixed_BTD = ops.mixture_of_experts(
+            x_BTD, router_BTE.flatten(0, 1), self.fc1.weight, self.fc2.weight, self.top_k
+        )
         return mixed_BTD, router_BTE
 
 

@@ -83,7 +83,9 @@ def _recipes(config: ModelConfig) -> Iterator[tuple[str, Recipe]]:
         for name in ["input_layernorm", *(f"self_attn.{p}" for p in projections.split()), "post_attention_layernorm"]:
             yield f"{here}.{name}.weight", Direct(f"{there}.{name}.weight")
         moe = f"{there}.block_sparse_moe"
-        w1, w2, w3 = (tuple(f"{moe}.experts.{e}.w{i}.weight" for e in range(config.num_local_experts)) for i in (1, 2, 3))
+        w1, w2, w3 = (
+            tuple(f"{moe}.experts.{e}.w{i}.weight" for e in range(config.num_local_experts)) for i in (1, 2, 3)
+        )
         yield f"{here}.block_sparse_moe.gate.weight", Direct(f"{moe}.gate.weight")
         yield f"{here}.block_sparse_moe.fc1.weight", InterleavedStack(w1, w3)
         yield f"{here}.block_sparse_moe.fc2.weight", Stacked(w2)

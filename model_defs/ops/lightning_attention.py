@@ -51,7 +51,9 @@ def lightning_attention(
     return output_BTW.contiguous(), state_BHKV.to(past_state_BHKV.dtype).contiguous()
 
 
-def _one_chunk(q_BHCK: Tensor, k_BHCK: Tensor, v_BHCV: Tensor, log_decay_BHC: Tensor, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
+def _one_chunk(
+    q_BHCK: Tensor, k_BHCK: Tensor, v_BHCV: Tensor, log_decay_BHC: Tensor, state_BHKV: Tensor
+) -> tuple[Tensor, Tensor]:
     """Output of one chunk and the state after it. Every exponent is <= 0, so nothing can overflow."""
     faded_BHC = log_decay_BHC.cumsum(-1)  # decay from the chunk's start up to and including each token
     between_BHCC = faded_BHC.unsqueeze(-1) - faded_BHC.unsqueeze(-2)

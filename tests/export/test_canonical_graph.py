@@ -1,0 +1,129 @@
+"""The canonical graph against the PyTorch definition, run by onnx's own reference evaluator: an implementation of each standard
+operator that shares no code with torch or ONNX Runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from export.errors import ExportError
+from export.trace import trace_model
+from export.verify import verify_canonical, verify_with_onnx
+from model_defs.config import ModelConfig
+from model_defs.presets import hybrid_pattern, preset
+from model_defs.text_model import TextModel
+
+# fp32 against fp32 over two layers kinds and 8 layers, logit scale about 4: each rounds differently, a few ulps per layer.
+TOLERANCE = 5e-5
+
+
+def tiny_config(**changes: object) -> ModelConfig:
+    sizes = dict(hidden_size=32, head_dim=16, rotary_dim=8, intermediate_size=24, vocab_size=64)
+    return dataclasses.replace(preset("tiny"), **(sizes | changes))
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> TextModel:
+    model = TextModel(config)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1.0
+        parameter.data = torch.randn(parameter.shape, generator=generator) * spread
+    return model
+
+
+class MoE(OpRun):  # the evaluator finds it by this name
+    """com.microsoft::MoE token by token in numpy; written apart from model_defs.ops.moe."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, x, router, fc1, _bias1, fc2, _bias2=None, k=None, **_attributes):  # type: ignore[no-untyped-def]
+        tokens = x.reshape(-1, x.shape[-1])
+        out = np.zeros_like(tokens)
+        for n, (token, logits) in enumerate(zip(tokens, router, strict=True)):
+            chosen = np.argsort(-logits, kind="stable")[:k]
+            weights = np.exp(logits[chosen] - logits[chosen].max())
+            for expert, weight in zip(chosen, weights / weights.sum(), strict=True):
+                gate, up = fc1[expert][0::2] @ token, fc1[expert][1::2] @ token
+                out[n] += weight * (fc2[expert] @ (gate / (1 + np.exp(-gate)) * up))
+        return (out.reshape(x.shape),)
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[ReferenceEvaluator, TextModel]:
+    config = tiny_config()
+    graph, model = trace_model(config), random_model(config)
+    for name, parameter in model.named_parameters():
+        graph.graph.initializers[name].const_value = ir.tensor(parameter.data.numpy(), name=name)
+    return ReferenceEvaluator(ir.to_proto(graph), new_ops=[MoE]), model
+
+
+def run_both(pair, ids, new, past, states):  # type: ignore[no-untyped-def]
+    evaluator, model = pair
+    batch, tokens = ids.shape
+    positions = np.tile(np.arange(tokens), (batch, 1))
+    arrays = [ids, np.asarray(new), np.asarray(past), positions]
+    names = [value for value in evaluator.input_names if not value.startswith("past_key_values")]
+    feeds = dict(zip(names, arrays, strict=True))
+    feeds |= dict(zip([n for n in evaluator.input_names if n not in names], [s.numpy() for s in states], strict=True))
+    with torch.no_grad():
+        logits, presents, _ = model(*map(torch.from_numpy, arrays), states)
+    return evaluator.run(None, feeds), [logits.numpy(), *(p.numpy() for p in presents)], presents
+
+
+def test_ragged_prefill_then_ragged_continuation_equals_pytorch(pair) -> None:  # type: ignore[no-untyped-def]
+    random = np.random.default_rng(0)
+    states = pair[1].new_states(2, 24)
+    past = np.zeros(2, dtype=np.int64)
+    for new in ([9, 5], [3, 1], [0, 4]):
+        ids = random.integers(0, 64, (2, max(new)))
+        onnx_results, torch_results, states = run_both(pair, ids, new, past, states)
+        valid = np.arange(max(new)) < np.array(new)[:, None]
+        assert np.abs(onnx_results[0] - torch_results[0])[valid].max() < TOLERANCE
+        for ours, theirs in zip(onnx_results[1:], torch_results[1:], strict=True):
+            assert np.abs(ours - theirs).max() < TOLERANCE
+        past = past + new
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_graph_is_valid_onnx_in_every_dtype(dtype: str) -> None:
+    config = tiny_config()
+    graph = trace_model(config, dtype)
+    verify_with_onnx(graph)
+    wanted = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}[dtype]
+    inputs = {value.name: value for value in graph.graph.inputs}
+    assert inputs["past_key_values.7.key"].dtype == wanted
+    assert inputs["past_key_values.0.recurrent_state"].dtype == ir.DataType.FLOAT
+    assert graph.graph.outputs[0].dtype == ir.DataType.FLOAT
+
+
+def test_graph_holds_no_trace_of_the_machine() -> None:
+    text = ir.to_proto(trace_model(tiny_config(layer_kinds=hybrid_pattern(2)))).SerializeToString()
+    assert b".py" not in text
+    assert b"site-packages" not in text
+
+
+def test_verifier_refuses_a_lost_lightning_layer() -> None:
+    config = tiny_config(layer_kinds=hybrid_pattern(2))
+    graph = trace_model(config)
+    with pytest.raises(ExportError, match="graph inputs differ"):
+        verify_canonical(graph, tiny_config(layer_kinds=hybrid_pattern(3)))
+    node = next(node for node in graph.graph if node.op_type == "LinearAttention")
+    node.op_type = "Attention"
+    with pytest.raises(ExportError, match="LinearAttention nodes, expected 2"):
+        verify_canonical(graph, config)
+
+
+def test_decay_and_rotary_numbers_are_baked_in_fp32() -> None:
+    from model_defs.constants import decay_slopes, rotary_frequencies
+
+    config = tiny_config()
+    graph = trace_model(config, "bfloat16")
+    constants = [n.attributes["value"].as_tensor().numpy() for n in graph.graph if "value" in n.attributes]
+    for expected in (*(-decay_slopes(config, layer) for layer in range(7)), rotary_frequencies(8, 1e7)):
+        assert any(c.dtype == np.float32 and np.array_equal(c, expected) for c in constants)
