@@ -1,0 +1,41 @@
+# Two commands do everything on a fresh machine with Python 3.11+ and a C++ compiler: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint format gpu-test gpu-bench clean
+
+setup: $(STAMP)
+
+# constraints.txt pins every package, so that two machines get the same environment.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mxcompile needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,dev,plugins,tensorrt-rtx,transformers]'
+	touch $@
+
+demo: setup
+	$(BIN)/mxcompile checkpoint create --preset small --seed 0 --output $(DEMO)/checkpoint --force
+	$(BIN)/mxcompile build $(DEMO)/checkpoint --output $(DEMO)/engine --max-seq-len 4096 --force
+	$(BIN)/mxcompile validate $(DEMO)/engine --against $(DEMO)/checkpoint --html $(DEMO)/report.html
+	$(BIN)/mxcompile run $(DEMO)/engine --prompt "The lightning layers remember" --max-new-tokens 64
+	@echo "Report: $(abspath $(DEMO))/report.html"
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'plugins/*.h' 'plugins/*.cuh' 'plugins/*.cu' 'plugins/*.cpp' | xargs -r $(BIN)/clang-format --dry-run --Werror
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'plugins/*.h' 'plugins/*.cuh' 'plugins/*.cu' 'plugins/*.cpp' | xargs -r $(BIN)/clang-format -i
+
+clean:
+	rm -rf $(VENV) $(DEMO) build
