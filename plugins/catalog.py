@@ -1,0 +1,147 @@
+"""What the plugin library offers, as data: `mxcompile plugins list` prints it, lowering and validation ask it.
+
+The C++ code is the authority for what is refused; tests hold this page against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+# What `build(archs)` takes. A suffix `a` runs on exactly that compute capability; the others on later ones of the same major.
+ARCHITECTURES: tuple[str, ...] = ("80", "86", "89", "90a", "120")
+
+GPU_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "80": "A100, A30",
+        "86": "A10, A40, RTX 30",
+        "89": "L4, L40, RTX 40",
+        "90a": "H20, H100, H200",
+        "120": "RTX 50, RTX PRO Blackwell",
+    }
+)
+
+
+@dataclass(frozen=True)
+class OpInfo:
+    """One operator of the library.
+
+    `plugin` is the name TensorRT's registry knows (version and namespace beside it); `onnx` the ONNX operators that it
+    computes; `limits` what each dimension or attribute may be, in words.
+    """
+
+    name: str
+    plugin: str
+    onnx: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    limits: Mapping[str, str]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    summary: str
+    version: str = "1"
+    namespace: str = ""
+    weight_dtypes: tuple[str, ...] = ()
+    state_dtype: str | None = None
+    head_dims: tuple[int, ...] = ()
+    architectures: tuple[str, ...] = ARCHITECTURES
+    aliases: tuple[str, ...] = field(default=())
+
+
+_MOE_LIMITS: Mapping[str, str] = MappingProxyType(
+    {
+        "k": "1 to 8, at most the number of experts",
+        "activation_type": "swiglu",
+        "swiglu_fusion": "1 (gate and up rows interleaved)",
+        "activation_alpha": "1",
+        "activation_beta": "0",
+        "swiglu_limit": "none",
+        "use_sparse_mixer": "0",
+        "normalize_routing_weights": "0 or 1",
+        "first_local_expert": "first of the experts held here; default 0 (our extension, for expert parallelism)",
+        "absent inputs": "a tensor with no elements",
+    }
+)
+
+OPS: tuple[OpInfo, ...] = (
+    OpInfo(
+        name="LinearAttention",
+        plugin="LinearAttention",
+        onnx=("ai.onnx::LinearAttention-27", "com.microsoft::LinearAttention-1"),
+        dtypes=("float16", "bfloat16"),
+        state_dtype="float32",
+        head_dims=(64, 128),
+        inputs=(
+            "query [B, T, H*K]",
+            "key [B, T, H*K]",
+            "value [B, T, H*K]",
+            "past_state [B, H, K, K] float32",
+            "decay [B, T, H] float32 or the type of query (log-decay, at most 0)",
+        ),
+        outputs=("output [B, T, H*K]", "present_state [B, H, K, K] float32"),
+        limits=MappingProxyType(
+            {
+                "update_rule": "linear, gated",
+                "kv_num_heads": "equal to q_num_heads",
+                "scale": "any finite number; 0 means 1/sqrt(head_dim)",
+                "chunk_size": "ignored: chunks are 64 tokens",
+                "past_state": "required with rule gated (zeros at the start of a sequence)",
+            }
+        ),
+        summary="lightning attention: linear attention with one decay per head and token, fp32 state",
+    ),
+    OpInfo(
+        name="MoE",
+        plugin="MoE",
+        onnx=("com.microsoft::MoE-1",),
+        dtypes=("float16", "bfloat16"),
+        weight_dtypes=("float16", "bfloat16"),
+        inputs=(
+            "input [N, D] or [B, T, D]",
+            "router_probs [N, E] (logits; float32 or the type of input)",
+            "fc1_experts_weights [E, 2*I, D]",
+            "fc1_experts_bias (absent)",
+            "fc2_experts_weights [E, D, I]",
+        ),
+        outputs=("output, as input",),
+        limits=_MOE_LIMITS,
+        summary="mixture of experts: softmax router, top-k, SwiGLU experts, weighted sum",
+    ),
+    OpInfo(
+        name="QMoE",
+        plugin="QMoEInt8",
+        aliases=("QMoE",),
+        onnx=("com.microsoft::QMoE-1",),
+        dtypes=("float16", "bfloat16"),
+        weight_dtypes=("int8",),
+        inputs=(
+            "input [N, D] or [B, T, D]",
+            "router_probs [N, E] (logits; float32 or the type of input)",
+            "fc1_experts_weights [E, 2*I, D] int8",
+            "fc1_scales [E, 2*I] (float32 or the type of input)",
+            "fc1_experts_bias (absent)",
+            "fc2_experts_weights [E, D, I] int8",
+            "fc2_scales [E, D]",
+        ),
+        outputs=("output, as input",),
+        limits=MappingProxyType(
+            {
+                **_MOE_LIMITS,
+                "expert_weight_bits": "8 (signed, symmetric; ONNX Runtime's uint8 weights less 128)",
+                "block_size": "none: one scale per output row",
+                "op name": "QMoEInt8 in models for TensorRT: its parser keeps QMoE for its own 4-bit form",
+            }
+        ),
+        summary="mixture of experts with int8 weights and one scale per output row",
+    ),
+)
+
+
+def find(name: str) -> OpInfo | None:
+    """The operator of that name, plugin name or alias, or None."""
+    return next((op for op in OPS if name in (op.name, op.plugin, *op.aliases)), None)
+
+
+def plugin_names() -> tuple[str, ...]:
+    """Every name the library registers with TensorRT, sorted."""
+    return tuple(sorted({name for op in OPS for name in (op.plugin, *op.aliases)}))
