@@ -1,8 +1,10 @@
-"""Reads and writes the published configuration files of the MiniMax-01 family (reference/minimax01-facts.md, section 1).
+"""Reads and writes the published configuration files of the MiniMax-01 family (reference/minimax01-facts.md, section
+1).
 
-Four schemas carry the same facts: "original" (MiniMax-Text-01), "m1" (the same keys), "hf" (renamed keys of the -hf repositories and
-of what transformers saves) and "vl-01" (original keys inside `text_config`). Nothing is guessed: a key that is needed must be there,
-and a key whose meaning is unknown is refused by name unless its value switches nothing on.
+Four schemas carry the same facts: "original" (MiniMax-Text-01), "m1" (the same keys), "hf" (renamed keys of the -hf
+repositories and of what transformers saves) and "vl-01" (original keys inside `text_config`). Nothing is guessed: a key
+that is needed must be there, and a key whose meaning is unknown is refused by name unless its value switches nothing
+on.
 
 Needs the standard library only.
 """
@@ -54,27 +56,60 @@ _SCALES = {
 }
 # Keys whose value never changes what inference computes, or that only restate what is checked elsewhere.
 _HARMLESS = frozenset(
-    (
-        "architectures model_type auto_map _name_or_path name_or_path transformers_version torch_dtype dtype use_cache "
-        "initializer_range attention_dropout output_router_logits router_aux_loss_coef router_jitter_noise shared_moe_mode "
-        "pad_token_id block_size id2label label2id return_dict _attn_implementation _attn_implementation_autoset "
-        "max_model_len chunk_size_feed_forward problem_type _commit_hash"
-    ).split()
+    {
+        "architectures",
+        "model_type",
+        "auto_map",
+        "_name_or_path",
+        "name_or_path",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "initializer_range",
+        "attention_dropout",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "shared_moe_mode",
+        "pad_token_id",
+        "block_size",
+        "id2label",
+        "label2id",
+        "return_dict",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "max_model_len",
+        "chunk_size_feed_forward",
+        "problem_type",
+        "_commit_hash",
+    }
 )
 # Of MiniMax-VL-01's outer level: how images become embeddings. The text model does not depend on it.
 _VISION = frozenset(
-    (
-        "text_config vision_config image_token_index image_token_id image_seq_length ignore_index projector_hidden_act "
-        "multimodal_projector_bias vision_feature_layer vision_feature_select_strategy process_image_mode "
-        "image_grid_pinpoints img_token_compression_config"
-    ).split()
+    {
+        "text_config",
+        "vision_config",
+        "image_token_index",
+        "image_token_id",
+        "image_seq_length",
+        "ignore_index",
+        "projector_hidden_act",
+        "multimodal_projector_bias",
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+        "process_image_mode",
+        "image_grid_pinpoints",
+        "img_token_compression_config",
+    }
 )
 
 
 def read_config(source: str | os.PathLike[str] | dict[str, Any]) -> ModelConfig:
     """The architecture that a configuration file (or the folder it is in, or its parsed content) describes.
 
-    Raises ConfigError naming the key that is missing, contradictory, unknown or of a value that this family does not have.
+    Raises ConfigError naming the key that is missing, contradictory, unknown or of a value that this family does not
+    have.
     """
     if isinstance(source, dict):
         return _read(source, "configuration")
@@ -98,7 +133,8 @@ def config_for_schema(config: ModelConfig, schema: Schema) -> ModelConfig:
 
 
 def config_to_schema(config: ModelConfig, schema: Schema, *, dtype: str = "bfloat16") -> dict[str, Any]:
-    """The content of config.json for `config` in `schema`; `read_config` of it gives `config_for_schema(config, schema)`.
+    """The content of config.json for `config` in `schema`; `read_config` of it gives `config_for_schema(config,
+    schema)`.
 
     Raises ConfigError for a model cut to its first layers: no published schema can say how deep the full model is.
     """
@@ -188,13 +224,14 @@ def _schema(values: dict[str, Any]) -> Schema:
     for name in architectures:
         if not isinstance(name, str) or name not in _ARCHITECTURES:
             raise ConfigError(
-                f"architectures names {name!r}, which is not of the MiniMax-01 family; known: {', '.join(_ARCHITECTURES)}"
+                f"architectures names {name!r}, not of the MiniMax-01 family; known: {', '.join(_ARCHITECTURES)}"
             )
         found.append(("architectures", _ARCHITECTURES[name]))
     if not found:
         raise ConfigError("model_type and architectures are both missing, so the architecture is unknown")
     schemas = {schema for _, schema in found}
-    # M1 differs from Text-01 in weights only, and files exist that name the one in model_type and the other in architectures.
+    # M1 differs from Text-01 in weights only, and files exist that name the one in model_type and the other in
+    # architectures.
     if len(schemas) > 1 and schemas != {"original", "m1"}:
         raise ConfigError(f"model_type {model_type!r} contradicts architectures {architectures!r}")
     return "m1" if "m1" in schemas else found[0][1]
@@ -310,7 +347,8 @@ class _Reader:
         """Switches of the original code whose other position this definition does not implement."""
         if (act := self._need("hidden_act")) != "silu":
             raise ConfigError(f"hidden_act {_short(act)} is not supported; this family uses silu")
-        # The -hf class has the postnorm form built in, so there the key may be missing; in the original its default is false.
+        # The -hf class has the postnorm form built in, so there the key may be missing; in the original its default is
+        # false.
         postnorm = self._take("postnorm") if self.native else self._need("postnorm")
         if postnorm not in (None, True):
             raise ConfigError(
@@ -329,7 +367,7 @@ class _Reader:
         shared = self._take("shared_intermediate_size")
         if any(item != 0 for item in (shared if isinstance(shared, list) else [shared or 0])):
             raise ConfigError(
-                f"shared_intermediate_size {_short(shared)} is not supported; the published models have no shared expert (0)"
+                f"shared_intermediate_size {_short(shared)} is not supported; published models have no shared expert (0)"
             )
         if self._take("norm_topk_prob") not in (None, True):
             raise ConfigError(
@@ -405,8 +443,8 @@ class _Reader:
             found.add(
                 self._count(
                     "rotary_dim",
-                    why="the published models turn 64 of a head's 128 channels; transformers ignores the key and turns all, "
-                    "so a file it saved may lack it. Add it as the model was trained",
+                    why="the published models turn 64 of a head's 128 channels; transformers ignores the key and turns "
+                    "all, so a file it saved may lack it. Add it as the model was trained",
                 )
             )
         if len(found) > 1:

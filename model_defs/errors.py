@@ -13,3 +13,9 @@ class ConfigError(ModelDefsError):
 
 class CheckpointError(ModelDefsError):
     """A checkpoint that is missing, damaged or of another shape; names the file and the tensor."""
+
+
+class StorageError(ModelDefsError):
+    """A disk that is full or cannot be written."""
+
+    exit_code = 3

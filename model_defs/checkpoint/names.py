@@ -1,7 +1,8 @@
 """Names and shapes of the tensors in a checkpoint (reference/minimax01-facts.md, section 3).
 
-The original names are the reference. Two variants are mapped onto them: the layout that transformers keeps in memory (experts
-stacked under `.mlp.`), whose slices are the original tensors byte for byte, and its names for the vision model's parts.
+The original names are the reference. Two variants are mapped onto them: the layout that transformers keeps in memory
+(experts stacked under `.mlp.`), whose slices are the original tensors byte for byte, and its names for the vision
+model's parts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 
 from model_defs.config import ModelConfig
 
-# Lookup tables that transformers stores although they follow from the configuration: 4 per lightning layer, 280 in Text-01.
+# Lookup tables that transformers stores although they follow from the configuration: 4 per lightning layer, 280 in
+# Text-01.
 DERIVED_BUFFERS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 
 _DERIVED = re.compile(rf"\.layers\.\d+\.self_attn\.({'|'.join(DERIVED_BUFFERS)})$")
@@ -23,7 +25,8 @@ _NATIVE_MOE = re.compile(r"^(.*\.layers\.\d+)\.mlp\.(gate\.weight|experts\.gate_
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that the text model of `config` needs, with its shape, in the order of the model.
 
-    Rows of `qkv_proj` are grouped per head as q, k, v (facts, 2.3); w1 is the gate, w3 the up and w2 the down matrix of an expert.
+    Rows of `qkv_proj` are grouped per head as q, k, v (facts, 2.3); w1 is the gate, w3 the up and w2 the down matrix of
+    an expert.
     """
     d, width, inner = config.hidden_size, config.attention_width, config.intermediate_size
     kv_width = config.num_key_value_heads * config.head_dim
@@ -49,14 +52,18 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def ignorable(name: str, tensor_prefix: str = "") -> bool:
-    """Whether a tensor outside `expected_tensors` is known and rightly unused: derived buffers, and the vision half of VL-01."""
+    """Whether a tensor outside `expected_tensors` is known and rightly unused: derived buffers, and the vision half of
+    VL-01.
+    """
     if _DERIVED.search(name):
         return True
     return tensor_prefix == "language_model." and bool(_VISION.match(name))
 
 
 def layer_of(name: str) -> int | None:
-    """Index of the decoder layer that a text-model tensor belongs to; None for the embedding, the final norm and lm_head."""
+    """Index of the decoder layer that a text-model tensor belongs to; None for the embedding, the final norm and
+    lm_head.
+    """
     match = re.match(r"^(?:language_model\.)?model\.layers\.(\d{1,6})\.", name)
     return int(match.group(1)) if match else None
 
@@ -73,8 +80,8 @@ class NamedSlice:
 def original_slices(name: str, shape: tuple[int, ...], tensor_prefix: str = "") -> list[NamedSlice] | None:
     """The original tensors that a tensor of the transformers layout holds, or None if `name` is no such tensor.
 
-    `experts.gate_up_proj` [E, 2I, D] holds each expert's w1 above its w3, `experts.down_proj` [E, D, I] each expert's w2
-    (facts, 3.3). None as well when the shape cannot be cut that way: the tensor then shows up as unexpected.
+    `experts.gate_up_proj` [E, 2I, D] holds each expert's w1 above its w3, `experts.down_proj` [E, D, I] each expert's
+    w2 (facts, 3.3). None as well when the shape cannot be cut that way: the tensor then shows up as unexpected.
     """
     renamed = name
     if tensor_prefix == "language_model.":

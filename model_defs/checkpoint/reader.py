@@ -1,7 +1,9 @@
-"""Opens a checkpoint folder: configuration, and where every tensor lies. Reads headers only, never a whole shard, and needs no torch.
+"""Opens a checkpoint folder: configuration, and where every tensor lies. Reads headers only, never a whole shard, and
+needs no torch.
 
-Accepted are the two forms that Hugging Face writes: one `model.safetensors`, or shards with `model.safetensors.index.json`. Pickle
-files are refused: loading one runs the code inside it. Everything in the folder is untrusted.
+Accepted are the two forms that Hugging Face writes: one `model.safetensors`, or shards with
+`model.safetensors.index.json`. Pickle files are refused: loading one runs the code inside it. Everything in the folder
+is untrusted.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +34,16 @@ INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja "
-    "chat_template.json generation_config.json"
-).split()
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_INDEX_BYTES = 100_000_000
@@ -45,7 +55,9 @@ _FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK = 64, 16 << 10  # larger ones in evenly 
 class Problem:
     """One thing that is wrong with a checkpoint."""
 
-    kind: str  # "missing shard", "damaged shard", "truncated shard", "index", "missing", "unexpected", "shape", "dtype", "not finite"
+    # "missing shard", "damaged shard", "truncated shard", "index", "missing", "unexpected", "shape", "dtype", "not
+    # finite"
+    kind: str
     subject: str  # name of the file or tensor
     message: str  # a full sentence without the folder
 
@@ -71,8 +83,9 @@ class Checkpoint:
     def open(cls, folder: str | os.PathLike[str], *, strict: bool = True) -> Checkpoint:
         """Reads `folder`'s configuration and the headers of its shards.
 
-        A missing or damaged shard raises CheckpointError; with `strict=False` it is recorded in `problems` instead, and `entries`
-        holds what can be read (`verify` reports both). Raises ConfigError for a configuration of another architecture.
+        A missing or damaged shard raises CheckpointError; with `strict=False` it is recorded in `problems` instead, and
+        `entries` holds what can be read (`verify` reports both). Raises ConfigError for a configuration of another
+        architecture.
         """
         path = Path(folder)
         if not path.is_dir():
@@ -111,8 +124,10 @@ class Checkpoint:
         return tuple(header.file for header in self._headers)
 
     def array(self, name: str) -> NDArray:
-        """The tensor as a read-only view of the mapped file; nothing is read until its elements are. The type is the stored one
-        (bfloat16 and float8 from ml_dtypes). Raises CheckpointError for an unknown name or a file changed since `open`."""
+        """The tensor as a read-only view of the mapped file; nothing is read until its elements are. The type is the
+        stored one (bfloat16 and float8 from ml_dtypes). Raises CheckpointError for an unknown name or a file changed
+        since `open`.
+        """
         entry = self.entries.get(name)
         if entry is None:
             raise CheckpointError(f"checkpoint {self.folder}: tensor {name} is missing")
@@ -135,10 +150,11 @@ class Checkpoint:
             return self._maps[path]
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) that tells checkpoints apart: the configuration, and per file its name, size, header and contents.
+        """SHA-256 (hex) that tells checkpoints apart: the configuration, and per file its name, size, header and
+        contents.
 
-        Contents are hashed whole up to 64 MiB and in 64 evenly spaced blocks beyond, so that 900 GB take seconds. A change of
-        single weights in a large shard can pass unseen: this identifies a checkpoint, it does not protect it.
+        Contents are hashed whole up to 64 MiB and in 64 evenly spaced blocks beyond, so that 900 GB take seconds. A
+        change of single weights in a large shard can pass unseen: this identifies a checkpoint, it does not protect it.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
@@ -176,7 +192,7 @@ def _shards(folder: Path) -> dict[str, list[str]]:
         )
     if any(name.endswith(_PICKLES) for name in names):
         raise CheckpointError(
-            f"checkpoint {folder}: holds pickle files only, which can run code when loaded; convert it to safetensors first"
+            f"checkpoint {folder}: holds pickle files only, which can run code when loaded; convert it to safetensors"
         )
     raise CheckpointError(f"checkpoint {folder}: no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
 
@@ -274,14 +290,16 @@ def _in_original_layout(stored: TensorEntry, tensor_prefix: str) -> list[TensorE
 
 
 def _with_generation_ids(config: ModelConfig, path: Path) -> ModelConfig:
-    """Token ids that config.json leaves null, from generation_config.json; a malformed one is ignored, as it is optional."""
+    """Token ids that config.json leaves null, from generation_config.json; a malformed one is ignored, as it is
+    optional.
+    """
     if not path.is_file() or (config.bos_token_id is not None and config.eos_token_id is not None):
         return config
     try:
         values = parse_object(path.read_bytes()[:_MAX_INDEX_BYTES])
     except (ValueError, OSError):
         return config
-    found = {}
+    found: dict[str, Any] = {}
     for key in ("bos_token_id", "eos_token_id"):
         value = values.get(key)
         if getattr(config, key) is None and isinstance(value, int) and 0 <= value < config.vocab_size:

@@ -1,8 +1,8 @@
 """A strict reader of the safetensors header.
 
-The format: 8 bytes little-endian header length, a JSON object, then the tensors' bytes. Offsets in the header count from the
-byte behind it. The tensors must fill that space without gaps or overlaps, so that a file cannot hide bytes or share them.
-(format description: github.com/huggingface/safetensors, README)
+The format: 8 bytes little-endian header length, a JSON object, then the tensors' bytes. Offsets in the header count
+from the byte behind it. The tensors must fill that space without gaps or overlaps, so that a file cannot hide bytes or
+share them. (format description: github.com/huggingface/safetensors, README)
 
 An own reader because the library hands out tensors, never the offsets that the engines bind to.
 """
