@@ -1,1 +1,25 @@
+"""Engines: what a build leaves on disk, and the sessions that run it. Loading needs neither torch nor onnx."""
 
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from engines.directory import read_config
+from engines.errors import EngineError
+from engines.interface import Session
+
+__all__ = ["EngineError", "Session", "load"]
+
+
+def load(path: str | os.PathLike[str], **options: Any) -> Session:
+    """Open an engine directory with the runtime it was built for; `options` are that runtime's own.
+
+    Raises EngineError when it is not an engine, is damaged, or its runtime is not installed (exit code 3).
+    """
+    config = read_config(path)
+    if config.target == "onnxruntime":
+        from engines.onnxruntime.session import load as load_onnxruntime
+
+        return load_onnxruntime(path, **options)
+    raise EngineError(f"{path}: built for target {config.target!r}, which this mxcompile cannot run")

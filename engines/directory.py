@@ -201,6 +201,10 @@ class EngineDirWriter:
         self._files[name] = FileRecord(-1, "", "")
         return path
 
+    def record(self, name: str) -> FileRecord:
+        """Size and digests of a file written before."""
+        return self._files[name]
+
     def _place(self, name: str) -> Path:
         if self.path is None:
             raise RuntimeError("EngineDirWriter is used outside its with block")

@@ -1,0 +1,344 @@
+"""Run an ONNX Runtime engine: ragged prefill in chunks, single-token decode, states in place.
+
+Needs numpy and onnxruntime (ml_dtypes for 16-bit types); `onnx` is imported only when taps are asked for.
+
+Shape suffixes: B batch rows, T new tokens, P positions with logits, N vocabulary, R rows of one run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime as ort
+
+from engines.config import EngineConfig
+from engines.directory import read_config, verify_files
+from engines.errors import ENVIRONMENT, EngineError
+from engines.interface import Positions, StepResult
+from engines.onnxruntime.plan import Run, plan
+from engines.onnxruntime.state import OrtState
+from engines.onnxruntime.weights import map_weights
+
+MINIMUM_ORT = (1, 31)
+Verify = Literal["quick", "full"]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    prepack: bool = True,
+    verify: Verify = "quick",
+    checkpoint: str | os.PathLike[str] | None = None,
+    rank: int = 0,
+) -> OrtSession:
+    """Open an engine directory.
+
+    Args:
+        threads: of ONNX Runtime; default: the CPUs this process may use.
+        prepack: let ONNX Runtime keep rearranged copies of linear (not expert) weights, faster for several tokens.
+        verify: "quick" checks files above 64 MiB by size and samples, "full" reads every byte.
+        checkpoint: where the checkpoint lies now, if it was moved since the build.
+        rank: which rank's files to load.
+
+    Raises EngineError: not an engine, damaged, of another target, or ONNX Runtime missing or too old (exit code 3).
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    if config.target != "onnxruntime":
+        raise EngineError(f"{folder}: built for {config.target}, not for onnxruntime")
+    if tuple(int(part) for part in ort.__version__.split(".")[:2]) < MINIMUM_ORT:
+        need = ".".join(map(str, MINIMUM_ORT))
+        raise EngineError(f"onnxruntime {ort.__version__} is too old, {need} is needed", exit_code=ENVIRONMENT)
+    verify_files(folder, config, whole=verify == "full")
+    files = next((files for files in config.ranks if files.rank == rank), None)
+    if files is None or files.weights is None:
+        raise EngineError(f"{folder}: has no rank {rank}")
+    moved = Path(checkpoint) if checkpoint is not None else None
+    weights = map_weights(folder, config, files.weights, moved, whole=verify == "full")
+    return OrtSession(config, folder / files.graph, weights, threads=threads, prepack=prepack)
+
+
+class OrtSession:
+    """A loaded engine. See `engines.interface.Session`."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        graph: Path,
+        weights: dict[str, np.ndarray],
+        *,
+        threads: int | None = None,
+        prepack: bool = True,
+    ) -> None:
+        self._config = config
+        self._graph = graph
+        self._threads = threads or len(os.sched_getaffinity(0))
+        # ONNX Runtime uses these bytes where they lie, so they live as long as the session.
+        self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
+        self._arrays = weights
+        self._pairs = [(spec.past, spec.present) for spec in config.states]
+        self._session = self._open(str(graph), prepack)
+        self._tap_session: ort.InferenceSession | None = None
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._config
+
+    @property
+    def max_seq_len(self) -> int:
+        return self._config.limits.max_seq_len
+
+    @property
+    def max_batch_size(self) -> int:
+        return self._config.limits.max_batch_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self._config.vocab_size
+
+    def new_state(self, batch_size: int) -> OrtState:
+        if not 1 <= batch_size <= self.max_batch_size:
+            raise EngineError(
+                f"batch size {batch_size} is not within 1 and the engine's max_batch_size {self.max_batch_size}"
+            )
+        return OrtState(self._config, batch_size)
+
+    def prefill(self, prompts: Sequence[Sequence[int]], state: OrtState, chunk: int | None = None) -> np.ndarray:
+        chunk = self._config.limits.prefill_chunk if chunk is None else chunk
+        if chunk < 1:
+            raise EngineError(f"the prefill chunk must be at least 1 token, not {chunk}")
+        if len(prompts) != state.batch_size:
+            raise EngineError(f"{len(prompts)} prompts for a state of {state.batch_size} rows")
+        rows = [np.asarray(prompt, np.int64).reshape(-1) for prompt in prompts]
+        lengths_B = np.array([len(row) for row in rows], np.int64)
+        for prompt_ids in rows:
+            self._check_ids(prompt_ids)
+        self._check_lengths(state, lengths_B)
+        state.reserve(int((state.lengths + lengths_B).max()))
+        logits_BN = np.zeros((state.batch_size, self.vocab_size), np.float32)
+        for start in range(0, int(lengths_B.max(initial=0)), chunk):
+            new_B = np.clip(lengths_B - start, 0, chunk)
+            ids_BT = np.zeros((state.batch_size, int(new_B.max())), np.int64)
+            for row, prompt in enumerate(rows):
+                ids_BT[row, : new_B[row]] = prompt[start : start + chunk]
+            ends_B = (new_B > 0) & (lengths_B <= start + chunk)
+            for run in plan(new_B, state.lengths):
+                ends_R = ends_B[run.first : run.end]
+                # Logits cost a product with the whole vocabulary: only rows that end here ask for them.
+                wanted_RP = np.maximum(new_B[run.first : run.end, None] - 1, 0)[:, : int(ends_R.any())]
+                logits_RPN = self._step(run, ids_BT, new_B, wanted_RP, state).logits
+                if ends_R.any():
+                    logits_BN[run.first : run.end][ends_R] = logits_RPN[ends_R, 0]
+        return logits_BN
+
+    def decode(self, tokens_B: np.ndarray | Sequence[int], state: OrtState) -> np.ndarray:
+        tokens_B = np.asarray(tokens_B)
+        if tokens_B.shape != (state.batch_size,):
+            raise EngineError(f"decode takes one token for each of the {state.batch_size} rows, not {tokens_B.shape}")
+        self._check_ids(tokens_B)
+        longest = int(state.lengths.max()) + 1
+        if longest > self.max_seq_len:
+            self._check_lengths(state, np.ones(state.batch_size, np.int64))
+        state.reserve(longest)
+        step = self._single_step(state, (0, state.batch_size))
+        step.ids_RT[:, 0] = tokens_B
+        step.new_R[:] = 1
+        return self._run_single(step, state)[:, 0].copy()
+
+    def forward(
+        self,
+        ids_BT: np.ndarray,
+        new_lengths_B: np.ndarray | Sequence[int],
+        state: OrtState,
+        positions: Positions = "last",
+        taps: bool = False,
+    ) -> StepResult:
+        ids_BT, new_B = np.asarray(ids_BT), np.asarray(new_lengths_B, np.int64)
+        if ids_BT.ndim != 2 or len(ids_BT) != state.batch_size or new_B.shape != (state.batch_size,):
+            raise EngineError(
+                f"forward takes ids [batch, tokens] and one new length per row; the state has {state.batch_size} rows, "
+                f"the ids are {ids_BT.shape} and the new lengths {new_B.shape}"
+            )
+        batch, tokens = ids_BT.shape
+        if new_B.min() < 0 or new_B.max() > tokens:
+            raise EngineError(f"new lengths {new_B.tolist()} do not lie within 0 and the {tokens} tokens given")
+        valid_BT = np.arange(tokens) < new_B[:, None]
+        self._check_ids(ids_BT[valid_BT])
+        self._check_lengths(state, new_B)
+        ids_BT = np.where(valid_BT, ids_BT, 0).astype(np.int64)
+        positions_BP = _positions(positions, new_B, tokens)
+        logits_BPN = np.zeros((*positions_BP.shape, self.vocab_size), np.float32)
+        outputs: dict[str, np.ndarray] = {}
+        for run in plan(new_B, state.lengths):
+            here = slice(run.first, run.end)
+            columns = positions_BP.shape[1] if positions != "all" else run.tokens
+            new_R1, asked_RP = new_B[here, None], positions_BP[here, :columns]
+            meant_RP = (asked_RP >= 0) & (asked_RP < new_R1)
+            wanted_RP = np.where(meant_RP, asked_RP, 0)
+            result = self._step(run, ids_BT, new_B, wanted_RP, state, taps)
+            logits_BPN[here, :columns][meant_RP] = result.logits[meant_RP]
+            for name, tap_RT in result.taps.items():
+                out = outputs.setdefault(name, np.zeros((batch, tokens, *tap_RT.shape[2:]), tap_RT.dtype))
+                valid_RT = valid_BT[here, : run.tokens]
+                out[here, : run.tokens][valid_RT] = tap_RT[valid_RT]
+        return StepResult(logits_BPN, outputs)
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        if not np.issubdtype(ids.dtype, np.integer) and ids.size:
+            raise EngineError(f"token ids must be integers, not {ids.dtype}")
+        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
+            raise EngineError(f"token id {wrong} lies outside the vocabulary of {self.vocab_size}")
+
+    def _check_lengths(self, state: OrtState, new_B: np.ndarray) -> None:
+        total_B = state.lengths + new_B
+        over = np.flatnonzero((total_B > self.max_seq_len) & (new_B > 0))
+        if len(over):
+            row = int(over[0])
+            raise EngineError(
+                f"row {row} holds {state.lengths[row]} tokens and gets {new_B[row]} more: {total_B[row]} exceeds the "
+                f"engine's max_seq_len {self.max_seq_len}; shorten the prompt or build with a larger --max-seq-len"
+            )
+
+    def _step(
+        self,
+        run: Run,
+        ids_BT: np.ndarray,
+        new_B: np.ndarray,
+        wanted_RP: np.ndarray,
+        state: OrtState,
+        taps: bool = False,
+    ) -> StepResult:
+        """One run of the graph over rows of one length class; advances the state."""
+        rows = (run.first, run.end)
+        new_R, past_R = new_B[slice(*rows)], state.lengths[slice(*rows)].copy()
+        state.reserve(int(past_R.max()) + run.tokens)
+        if run.tokens == 1 and wanted_RP.shape[1] == 1 and not taps:
+            step = self._single_step(state, rows)
+            step.ids_RT[:, 0] = ids_BT[slice(*rows), 0]
+            step.new_R[:] = new_R
+            return StepResult(self._run_single(step, state))
+        feeds = {
+            "input_ids": np.ascontiguousarray(ids_BT[slice(*rows), : run.tokens]),
+            "new_lengths": np.ascontiguousarray(new_R),
+            "past_lengths": past_R,
+            "logit_positions": np.ascontiguousarray(wanted_RP),
+        }
+        session, names = (self._with_taps(), self._config.taps) if taps else (self._session, [])
+        binding = self._bind(session, feeds, state, rows)
+        logits_RPN = np.empty((*wanted_RP.shape, self.vocab_size), np.float32)
+        if logits_RPN.size:
+            binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits_RPN))
+        else:
+            binding.bind_output("logits", "cpu")
+        for name in names:
+            binding.bind_output(name, "cpu")
+        _run(session, binding)
+        state.advance(rows, new_R)
+        found = binding.get_outputs()[-len(names) :] if names else []
+        return StepResult(logits_RPN, {n: v.numpy() for n, v in zip(names, found, strict=True)})
+
+    def _bind(
+        self, session: ort.InferenceSession, feeds: dict[str, np.ndarray], state: OrtState, rows: tuple[int, int]
+    ) -> ort.IOBinding:
+        """Bind feeds, and each state's buffer as both its input and its output."""
+        binding = session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        values = state.values(rows)
+        for past, present in self._pairs:
+            binding.bind_ortvalue_input(past, values[past])
+            binding.bind_ortvalue_output(present, values[past])
+        return binding
+
+    def _single_step(self, state: OrtState, rows: tuple[int, int]) -> _SingleStep:
+        step = state.steps.get(rows)
+        if not isinstance(step, _SingleStep) or step.owner is not self:
+            step = state.steps[rows] = _SingleStep(self, state, rows)
+        return step
+
+    def _run_single(self, step: _SingleStep, state: OrtState) -> np.ndarray:
+        """Run a prepared single-token step; its logits buffer [R, 1, N] is overwritten by the next one."""
+        step.past_R[:] = state.lengths[slice(*step.rows)]
+        _run(self._session, step.binding)
+        state.advance(step.rows, step.new_R)
+        return step.logits_RPN
+
+    def _open(self, model: str | bytes, prepack: bool) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4  # failures arrive as exceptions
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        if isinstance(model, bytes):  # where to look for the placeholder file of weights
+            key = "session.model_external_initializers_file_folder_path"
+            options.add_session_config_entry(key, str(self._graph.parent.resolve()))
+        for name, value in self._weights.items():
+            options.add_initializer(name, value)
+        try:
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            text = str(error).splitlines()[0]
+            raise EngineError(f"{self._graph}: ONNX Runtime cannot load it: {text}", exit_code=ENVIRONMENT) from error
+
+    def _with_taps(self) -> ort.InferenceSession:
+        """A second session that also gives out the tapped values; shares the weights, so it costs little memory."""
+        if self._tap_session is None:
+            import onnx
+
+            model = onnx.load(str(self._graph), load_external_data=False)
+            for name in self._config.taps:
+                model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+            self._tap_session = self._open(model.SerializeToString(), prepack=False)
+        return self._tap_session
+
+
+class _SingleStep:
+    """Everything bound for one token on each of some rows; only numbers in its buffers change between steps."""
+
+    def __init__(self, owner: OrtSession, state: OrtState, rows: tuple[int, int]) -> None:
+        count = rows[1] - rows[0]
+        self.owner, self.rows = owner, rows
+        self.ids_RT = np.zeros((count, 1), np.int64)
+        self.new_R, self.past_R = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        self.logits_RPN = np.zeros((count, 1, owner.vocab_size), np.float32)
+        self._positions_RP = np.zeros((count, 1), np.int64)
+        feeds: dict[str, Any] = {
+            "input_ids": self.ids_RT,
+            "new_lengths": self.new_R,
+            "past_lengths": self.past_R,
+            "logit_positions": self._positions_RP,
+        }
+        self.binding = owner._bind(owner._session, feeds, state, rows)
+        self.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits_RPN))
+
+
+def _run(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:
+        raise EngineError(
+            f"ONNX Runtime failed during a step; its state is lost: {str(error).splitlines()[0]}", exit_code=ENVIRONMENT
+        ) from error
+
+
+def _positions(positions: Positions, new_B: np.ndarray, tokens: int) -> np.ndarray:
+    """Indices into the T new tokens, int64 [B, P]; those that are no valid token stay outside 0 .. new length - 1."""
+    if isinstance(positions, str):
+        if positions == "last":
+            return new_B[:, None] - 1
+        if positions == "all":
+            return np.broadcast_to(np.arange(tokens), (len(new_B), tokens))
+        raise EngineError(f'positions must be "last", "all" or an array, not {positions!r}')
+    array = np.asarray(positions)
+    if array.ndim != 2 or len(array) != len(new_B) or not np.issubdtype(array.dtype, np.integer):
+        raise EngineError(f"positions must be integers [batch, P], not {array.dtype} {array.shape}")
+    if array.size and (array.min() < 0 or array.max() >= tokens):
+        raise EngineError(f"positions must lie within 0 and {tokens - 1}, the new tokens given")
+    return array.astype(np.int64)

@@ -1,0 +1,163 @@
+"""State buffers of an ONNX Runtime session, read and written by the graph in place.
+
+Every state lives in one numpy array that is bound both as the past input and as the present output. Rows are
+the outermost axis, so any run of rows is a contiguous view and can be bound alone.
+
+Shape suffixes: B batch rows, T new tokens, S cache capacity, G kv heads, H heads, K and V head dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnxruntime as ort
+
+from engines.config import EngineConfig, StateTensor
+from engines.errors import EngineError
+from engines.interface import RowSnapshot
+
+FIRST_CAPACITY = 256
+Rows = tuple[int, int]
+
+
+class OrtState:
+    """What `batch_size` sequences remember; made by `OrtSession.new_state`. See `engines.interface.State`."""
+
+    def __init__(self, config: EngineConfig, batch_size: int) -> None:
+        self._config = config
+        self._lengths = np.zeros(batch_size, np.int64)
+        self._capacity = min(FIRST_CAPACITY, self.capacity_limit)
+        self._buffers = {spec.past: self._allocate(spec) for spec in config.states}
+        self._values: dict[Rows, dict[str, ort.OrtValue]] = {}
+        # Prepared single-token steps by rows, kept by the session; dropped when a buffer moves.
+        self.steps: dict[Rows, object] = {}
+
+    def _allocate(self, spec: StateTensor) -> np.ndarray:
+        known = {"batch": self.batch_size, "capacity": self._capacity}
+        # np.zeros maps zero pages: capacity that no row has reached costs no memory.
+        return np.zeros([dim if isinstance(dim, int) else known[dim] for dim in spec.dims], np.dtype(spec.dtype))
+
+    @property
+    def batch_size(self) -> int:
+        return len(self._lengths)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        view = self._lengths.view()
+        view.flags.writeable = False
+        return view
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    @property
+    def capacity_limit(self) -> int:
+        """One more than the longest row: an idle row at its limit still gets a key written behind its end."""
+        return self._config.limits.max_seq_len + 1
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def buffer_address(self, layer: int, role: str = "recurrent_state") -> int:
+        """Address of a state's first byte, to prove that steps work in place."""
+        return self._buffer(layer, role).ctypes.data
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for rows of `tokens` tokens; at least doubles, never beyond the limit."""
+        if tokens <= self._capacity:
+            return
+        if tokens > self.capacity_limit:
+            raise EngineError(
+                f"a row of {tokens} tokens exceeds the engine's max_seq_len {self._config.limits.max_seq_len}"
+            )
+        self._capacity = min(max(tokens, 2 * self._capacity), self.capacity_limit)
+        used = int(self._lengths.max(initial=0))
+        for spec in self._config.states:
+            if spec.kind == "softmax":
+                old = self._buffers.pop(spec.past)
+                new = self._allocate(spec)
+                new[:, :, :used] = old[:, :, :used]
+                self._buffers[spec.past] = new
+        self._values.clear()
+        self.steps.clear()
+
+    def values(self, rows: Rows) -> dict[str, ort.OrtValue]:
+        """Per state input name, the runtime's view of `rows` (first, end) of its buffer; no copy."""
+        if rows not in self._values:
+            self._values[rows] = {
+                name: ort.OrtValue.ortvalue_from_numpy(buffer[rows[0] : rows[1]])
+                for name, buffer in self._buffers.items()
+            }
+        return self._values[rows]
+
+    def advance(self, rows: Rows, new_lengths: np.ndarray) -> None:
+        """Record that `new_lengths` tokens were added to `rows`."""
+        self._lengths[rows[0] : rows[1]] += new_lengths
+
+    def recurrent(self, layer: int) -> np.ndarray:
+        return self._buffer(layer, "recurrent_state").copy()
+
+    def key(self, layer: int) -> np.ndarray:
+        return self._cache(layer, "key")
+
+    def value(self, layer: int) -> np.ndarray:
+        return self._cache(layer, "value")
+
+    def read_row(self, row: int) -> RowSnapshot:
+        row = self._row(row)
+        length = int(self._lengths[row])
+        parts: dict[str, dict[int, np.ndarray]] = {"recurrent_state": {}, "key": {}, "value": {}}
+        for spec in self._config.states:
+            buffer = self._buffers[spec.past][row]
+            parts[spec.role][spec.layer] = (buffer if spec.kind == "lightning" else buffer[:, :length]).copy()
+        return RowSnapshot(length, parts["recurrent_state"], parts["key"], parts["value"])
+
+    def write_row(self, row: int, snapshot: RowSnapshot) -> None:
+        row = self._row(row)
+        limit = self._config.limits.max_seq_len
+        if not 0 <= snapshot.length <= limit:
+            raise EngineError(f"the snapshot holds {snapshot.length} tokens, the engine's max_seq_len is {limit}")
+        parts = {"recurrent_state": snapshot.recurrent, "key": snapshot.key, "value": snapshot.value}
+        for spec in self._config.states:
+            dims = [dim if isinstance(dim, int) else snapshot.length for dim in spec.dims[1:]]
+            array = parts[spec.role].get(spec.layer)
+            if array is None or list(array.shape) != dims:
+                found = "none" if array is None else list(array.shape)
+                raise EngineError(
+                    f"the snapshot's {spec.role} of layer {spec.layer} is {found}, this engine needs {dims}"
+                )
+        self.reserve(snapshot.length)
+        for spec in self._config.states:
+            target = self._buffers[spec.past][row]
+            (target if spec.kind == "lightning" else target[:, : snapshot.length])[...] = parts[spec.role][spec.layer]
+        self._lengths[row] = snapshot.length
+
+    def clear_row(self, row: int) -> None:
+        row = self._row(row)
+        for spec in self._config.states:
+            if spec.kind == "lightning":  # what a cache holds beyond a row's length is never read
+                self._buffers[spec.past][row] = 0
+        self._lengths[row] = 0
+
+    def _row(self, row: int) -> int:
+        if not 0 <= row < self.batch_size:
+            raise EngineError(f"row {row} does not exist; the state has rows 0 to {self.batch_size - 1}")
+        return row
+
+    def _buffer(self, layer: int, role: str) -> np.ndarray:
+        for spec in self._of_layer(layer):
+            if spec.role == role:
+                return self._buffers[spec.past]
+        raise EngineError(f"layer {layer} has no {role} in this engine")
+
+    def _of_layer(self, layer: int) -> Iterable[StateTensor]:
+        return (spec for spec in self._config.states if spec.layer == layer)
+
+    def _cache(self, layer: int, role: str) -> np.ndarray:
+        out = self._buffer(layer, role)[:, :, : int(self._lengths.max(initial=0))].copy()
+        for row, length in enumerate(self._lengths):
+            out[row, :, length:] = 0
+        return out
