@@ -178,9 +178,12 @@ def _library(path: Path) -> BuiltLibrary:
 
 
 def _read_usage(folder: Path) -> Iterator[KernelUsage]:
-    for report in sorted(folder.rglob("*.ptxas.json")):
-        if report.with_name(report.name.removesuffix(".ptxas.json")).is_file():
-            yield from (KernelUsage(**kernel) for kernel in json.loads(report.read_text()))
+    """What the launcher (plugins/ptxas.py) left beside the objects, without those whose source is gone."""
+    for objects in sorted((folder / "CMakeFiles").glob("*.dir")):
+        for report in sorted(objects.rglob("*.o.ptxas.json")):
+            source = SOURCE_DIR / str(report.relative_to(objects)).removesuffix(".o.ptxas.json")
+            if source.is_file():
+                yield from (KernelUsage(**kernel) for kernel in json.loads(report.read_text()))
 
 
 @contextlib.contextmanager
@@ -191,9 +194,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _run_cmake(
-    folder: Path, tools: Toolchain, archs: Sequence[str], tensorrt: bool, jobs: int, verbose: bool
-) -> None:
+def _run_cmake(folder: Path, tools: Toolchain, archs: Sequence[str], tensorrt: bool, jobs: int, verbose: bool) -> None:
     configure = [
         str(tools.cmake),
         *("-S", str(SOURCE_DIR), "-B", str(folder)),
@@ -226,8 +227,9 @@ def _run(command: list[str], verbose: bool) -> str | None:
 
 
 def _excerpt(log: str) -> str:
-    """The lines of a build log that say what is wrong, at most 20."""
-    lines = [line for line in log.splitlines() if re.search(r"\berror\b", line, re.IGNORECASE)]
+    """The lines of a build log that say what is wrong, at most 20 and without the commands."""
+    wrong = re.compile(r"\berror\b|undefined reference|\bfatal\b", re.IGNORECASE)
+    lines = [line for line in log.splitlines() if wrong.search(line) and " -o " not in line]
     return "\n".join((lines or log.splitlines())[:20])
 
 

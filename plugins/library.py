@@ -47,7 +47,10 @@ class MoeParams(ctypes.Structure):
 
     _fields_ = (
         ("struct_bytes", _I64),
-        *((name, _POINTER) for name in ("x", "router_logits", "fc1", "fc2", "fc1_scale", "fc2_scale", "out", "workspace")),
+        *(
+            (name, _POINTER)
+            for name in ("x", "router_logits", "fc1", "fc2", "fc1_scale", "fc2_scale", "out", "workspace")
+        ),
         ("workspace_bytes", _I64),
         *((name, _I32) for name in ("router_dtype", "scale_dtype", "dtype", "weight_dtype", "tokens", "hidden")),
         *((name, _I32) for name in ("inner", "experts", "top_k", "first_local", "local_experts", "normalize")),
@@ -151,7 +154,9 @@ def _load(path: Path) -> Library:
     except (OSError, AttributeError) as error:
         raise LibraryError(f"{path} is not a library of this package: {error}") from error
     if found != ABI_VERSION:
-        raise LibraryError(f"{path} has interface {found}, this package {ABI_VERSION}; run `mxcompile plugins build` again")
+        raise LibraryError(
+            f"{path} has interface {found}, this package {ABI_VERSION}; run `mxcompile plugins build` again"
+        )
     pointer = ctypes.c_void_p
     handle.mxc_last_error.restype = ctypes.c_char_p
     handle.mxc_architectures.restype = ctypes.c_char_p

@@ -52,7 +52,9 @@ def parse(text: str) -> list[KernelUsage]:
                 stack = int(match[1])
         elif name and (match := _USED.search(line)):
             shared = _SHARED.search(line)
-            kernels.append(KernelUsage(name, architecture, int(match[1]), int(shared[1]) if shared else 0, stack, spill))
+            kernels.append(
+                KernelUsage(name, architecture, int(match[1]), int(shared[1]) if shared else 0, stack, spill)
+            )
             name = ""
     return kernels
 

@@ -81,7 +81,7 @@ def find_tensorrt_headers() -> tuple[Path, str] | None:
 
 def _tensorrt_version(header: Path) -> str:
     """'10.14' from NvInferVersion.h, which names the number directly or through a second macro."""
-    macros = dict(re.findall(r"#define\s+(\w+)\s+(\w+)", header.read_text(errors="replace")))
+    macros: dict[str, str] = dict(re.findall(r"#define\s+(\w+)\s+(\w+)", header.read_text(errors="replace")))
 
     def number(name: str) -> str:
         value = macros.get(name, "")

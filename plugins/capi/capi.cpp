@@ -14,9 +14,7 @@ namespace {
 using mxc::DType;
 using mxc::Status;
 
-int32_t code(Status status) noexcept {
-    return static_cast<int32_t>(status);
-}
+int32_t code(Status status) noexcept { return static_cast<int32_t>(status); }
 
 // A null struct or one of another size: the caller was built for another version of this library.
 template <typename Params>
@@ -102,25 +100,17 @@ Status toParams(const mxc_moe_params* from, const char* op, mxc::MoeParams& to) 
     return Status::kOk;
 }
 
-cudaStream_t toStream(void* stream) noexcept {
-    return static_cast<cudaStream_t>(stream);
-}
+cudaStream_t toStream(void* stream) noexcept { return static_cast<cudaStream_t>(stream); }
 
 }  // namespace
 
 extern "C" {
 
-int32_t mxc_abi_version(void) {
-    return MXC_ABI_VERSION;
-}
+int32_t mxc_abi_version(void) { return MXC_ABI_VERSION; }
 
-const char* mxc_last_error(void) {
-    return mxc::lastError();
-}
+const char* mxc_last_error(void) { return mxc::lastError(); }
 
-const char* mxc_architectures(void) {
-    return mxc::builtArchitectures();
-}
+const char* mxc_architectures(void) { return mxc::builtArchitectures(); }
 
 int32_t mxc_architecture_runs(const char* architectures, int32_t compute_capability) {
     return architectures != nullptr && mxc::architectureRuns(architectures, compute_capability) ? 1 : 0;
@@ -129,7 +119,8 @@ int32_t mxc_architecture_runs(const char* architectures, int32_t compute_capabil
 int32_t mxc_lightning_plan_prefill(int32_t batch, int32_t tokens, int32_t heads, int32_t head_dim, int32_t sm_count,
                                    int32_t compute_capability, mxc_lightning_plan* plan) {
     if (plan == nullptr) return code(mxc::fail(Status::kInvalidArgument, "lightning_attention: no plan to fill in"));
-    const mxc::LightningPlan made = mxc::planLightningPrefill(batch, tokens, heads, head_dim, sm_count, compute_capability);
+    const mxc::LightningPlan made =
+        mxc::planLightningPrefill(batch, tokens, heads, head_dim, sm_count, compute_capability);
     plan->kernel = made.kernel;
     plan->value_splits = made.value_splits;
     plan->segments = made.segments;
@@ -138,7 +129,8 @@ int32_t mxc_lightning_plan_prefill(int32_t batch, int32_t tokens, int32_t heads,
 }
 
 int64_t mxc_lightning_workspace_bytes(const mxc_lightning_plan* plan, int32_t batch, int32_t heads, int32_t head_dim) {
-    return plan == nullptr ? 0 : static_cast<int64_t>(mxc::lightningWorkspaceBytes(toPlan(*plan), batch, heads, head_dim));
+    return plan == nullptr ? 0
+                           : static_cast<int64_t>(mxc::lightningWorkspaceBytes(toPlan(*plan), batch, heads, head_dim));
 }
 
 int64_t mxc_moe_workspace_bytes(const mxc_moe_params* params) {
@@ -147,16 +139,15 @@ int64_t mxc_moe_workspace_bytes(const mxc_moe_params* params) {
     return static_cast<int64_t>(mxc::moeWorkspaceBytes(made));
 }
 
-int32_t mxc_check_device(void) {
-    return code(mxc::checkDevice("mxcompile"));
-}
+int32_t mxc_check_device(void) { return code(mxc::checkDevice("mxcompile")); }
 
 int32_t mxc_lightning_prefill(const mxc_lightning_params* params, const mxc_lightning_plan* plan, void* stream) {
     mxc::LightningParams made;
     if (const Status status = toParams(params, "lightning_attention", made); status != Status::kOk) return code(status);
     const mxc::LightningPlan chosen = plan == nullptr ? mxc::LightningPlan{} : toPlan(*plan);
     return code(mxc::explainCudaFailure(
-        mxc::launchLightningPrefill(made, plan == nullptr ? nullptr : &chosen, toStream(stream)), "lightning_attention"));
+        mxc::launchLightningPrefill(made, plan == nullptr ? nullptr : &chosen, toStream(stream)),
+        "lightning_attention"));
 }
 
 int32_t mxc_lightning_decode(const mxc_lightning_params* params, void* stream) {

@@ -1,6 +1,7 @@
-// C interface over the launchers, for ctypes (plugins/library.py), tests and benchmarks: plain structs, device pointers, a
-// stream as a void pointer. Every function returns a status: 0 is good, the others are those of mxc/types.h, and
-// mxc_last_error() has the text. The structs mirror LightningParams, LightningPlan and MoeParams; see those for meanings.
+// C interface over the launchers, for ctypes (plugins/library.py), tests and benchmarks: plain structs, device
+// pointers, a stream as a void pointer. Every function returns a status: 0 is good, the others are those of
+// mxc/types.h, and mxc_last_error() has the text. The structs mirror LightningParams, LightningPlan and MoeParams; see
+// those for meanings.
 //
 // A caller sets `struct_bytes` to sizeof of the struct it was built with; another size is refused.
 #pragma once
@@ -77,9 +78,10 @@ MXC_API int32_t mxc_abi_version(void);
 MXC_API const char* mxc_last_error(void);
 MXC_API const char* mxc_architectures(void);  // "80,90a"
 MXC_API int32_t mxc_architecture_runs(const char* architectures, int32_t compute_capability);
-MXC_API int32_t mxc_lightning_plan_prefill(int32_t batch, int32_t tokens, int32_t heads, int32_t head_dim, int32_t sm_count,
-                                           int32_t compute_capability, mxc_lightning_plan* plan);
-MXC_API int64_t mxc_lightning_workspace_bytes(const mxc_lightning_plan* plan, int32_t batch, int32_t heads, int32_t head_dim);
+MXC_API int32_t mxc_lightning_plan_prefill(int32_t batch, int32_t tokens, int32_t heads, int32_t head_dim,
+                                           int32_t sm_count, int32_t compute_capability, mxc_lightning_plan* plan);
+MXC_API int64_t mxc_lightning_workspace_bytes(const mxc_lightning_plan* plan, int32_t batch, int32_t heads,
+                                              int32_t head_dim);
 MXC_API int64_t mxc_moe_workspace_bytes(const mxc_moe_params* params);  // negative: refused
 
 // kOk where this library has code for the calling thread's current device.

@@ -10,9 +10,7 @@
 
 namespace mxc {
 
-const char* builtArchitectures() noexcept {
-    return MXC_ARCHS;
-}
+const char* builtArchitectures() noexcept { return MXC_ARCHS; }
 
 bool architectureRuns(const char* architectures, int32_t compute_capability) noexcept {
     const char* cursor = architectures;

@@ -11,9 +11,7 @@ thread_local char g_text[512] = "";
 
 }  // namespace
 
-const char* lastError() noexcept {
-    return g_text;
-}
+const char* lastError() noexcept { return g_text; }
 
 Status fail(Status status, const char* format, ...) noexcept {
     va_list arguments;

@@ -11,17 +11,14 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1024;
 
-__device__ float widen(__half value) {
-    return __half2float(value);
-}
-__device__ float widen(__nv_bfloat16 value) {
-    return __bfloat162float(value);
-}
+__device__ float widen(__half value) { return __half2float(value); }
+__device__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 template <typename T>
 __global__ void toFloat32Kernel(const T* __restrict__ in, float* __restrict__ out, int64_t count) {
     const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += stride) out[i] = widen(in[i]);
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += stride)
+        out[i] = widen(in[i]);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "tensorrt/common.h"
 
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -9,12 +10,15 @@ namespace mxc::trt {
 namespace {
 
 nvinfer1::ILoggerFinder* g_finder = nullptr;
+std::atomic<bool> g_state_aliasing{false};
 
 }  // namespace
 
-void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept {
-    g_finder = finder;
-}
+void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept { g_finder = finder; }
+
+void setStateAliasing(bool on) noexcept { g_state_aliasing = on; }
+
+bool stateAliasing() noexcept { return g_state_aliasing; }
 
 int32_t reportError(const char* op, const std::string& node, const char* format, ...) noexcept {
     char text[640];
@@ -94,7 +98,8 @@ void FieldReader::read(const char* name, float& value) noexcept {
 void FieldReader::read(const char* name, std::string& value) noexcept {
     const nvinfer1::PluginField* field = find(name, false);
     if (field == nullptr) return;
-    if (field->type != nvinfer1::PluginFieldType::kCHAR || field->length < 0 || (field->length > 0 && field->data == nullptr)) {
+    if (field->type != nvinfer1::PluginFieldType::kCHAR || field->length < 0 ||
+        (field->length > 0 && field->data == nullptr)) {
         return fail(name, "a text");
     }
     // The parser passes some texts with a terminating zero (counted in the length) and some without.
@@ -172,8 +177,6 @@ int64_t leadingVolume(const nvinfer1::Dims& dims, int32_t kept) noexcept {
     return volume;
 }
 
-size_t alignUp(size_t bytes) noexcept {
-    return (bytes + 255) / 256 * 256;
-}
+size_t alignUp(size_t bytes) noexcept { return (bytes + 255) / 256 * 256; }
 
 }  // namespace mxc::trt

@@ -15,6 +15,13 @@ namespace mxc::trt {
 // TensorRT gives its logger through this when it loads the library; without one errors go to stderr.
 void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept;
 
+// Whether plugins tell TensorRT, while an engine is built, that a present state lives where the past one does. Off
+// until asked for: TensorRT-RTX 1.7 refuses to build such a plugin unless the builder allows aliased plugin I/O,
+// whatever its documentation says. Off does not forbid working in place: the kernels do so where both are bound to one
+// address.
+void setStateAliasing(bool on) noexcept;
+bool stateAliasing() noexcept;
+
 // Logs "LinearAttention 'layers.3.attention': <text>" as a TensorRT error. Returns -1, for `return reportError(...)`.
 int32_t reportError(const char* op, const std::string& node, const char* format, ...) noexcept
     __attribute__((format(printf, 3, 4)));

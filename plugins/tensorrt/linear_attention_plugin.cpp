@@ -22,9 +22,7 @@ constexpr const char* kInputNames[] = {"query", "key", "value", "past_state", "d
 // workspace bound grows with this number.
 constexpr int32_t kMostMultiprocessors = 256;
 
-bool isHeadDim(int64_t head_dim) noexcept {
-    return head_dim == 64 || head_dim == 128;
-}
+bool isHeadDim(int64_t head_dim) noexcept { return head_dim == 64 || head_dim == 128; }
 
 // Scratch for what the kernels read as decay: the widened input, or (no decay input) one slope of zero per head.
 size_t decayBytes(const Dims& query, const nvinfer1::PluginTensorDesc* decay, int32_t heads) noexcept {
@@ -56,7 +54,8 @@ nvinfer1::IPluginV3* LinearAttentionPlugin::create(const char* op, const std::st
     LinearAttentionConfig config;
     int32_t kv_heads = 0;
     std::string rule = "gated_delta";  // the op's own default
-    FieldReader reader(op, node, fields, {"q_num_heads", "kv_num_heads", "update_rule", "scale", "chunk_size", kNodeField});
+    FieldReader reader(op, node, fields,
+                       {"q_num_heads", "kv_num_heads", "update_rule", "scale", "chunk_size", kNodeField});
     reader.read("q_num_heads", config.heads, true);
     reader.read("kv_num_heads", kv_heads, true);
     reader.read("update_rule", rule);
@@ -94,14 +93,16 @@ void LinearAttentionPlugin::writeFields(FieldWriter& fields) const {
 
 bool LinearAttentionPlugin::checkInputCount(int32_t nb_inputs) const noexcept {
     if (config_.gated && nb_inputs != 5) {
-        reportError(op_, node_,
-                    "update_rule 'gated' takes query, key, value, past_state and decay; it has %d inputs. TensorRT's plugins "
-                    "know no absent inputs: give a past_state of zeros where there is none, and no beta",
-                    nb_inputs);
+        reportError(
+            op_, node_,
+            "update_rule 'gated' takes query, key, value, past_state and decay; it has %d inputs. TensorRT's plugins "
+            "know no absent inputs: give a past_state of zeros where there is none, and no beta",
+            nb_inputs);
         return false;
     }
     if (!config_.gated && nb_inputs != 3 && nb_inputs != 4) {
-        reportError(op_, node_, "update_rule 'linear' takes query, key, value and optionally past_state; it has %d inputs",
+        reportError(op_, node_,
+                    "update_rule 'linear' takes query, key, value and optionally past_state; it has %d inputs",
                     nb_inputs);
         return false;
     }
@@ -122,7 +123,8 @@ int32_t LinearAttentionPlugin::getOutputDataTypes(DataType* outputs, int32_t nb_
         }
     }
     if (nb_inputs > kPastState && inputs[kPastState] != DataType::kFLOAT) {
-        return reportError(op_, node_, "past_state is %s; the recurrent state must be fp32", typeName(inputs[kPastState]));
+        return reportError(op_, node_, "past_state is %s; the recurrent state must be fp32",
+                           typeName(inputs[kPastState]));
     }
     if (nb_inputs > kDecay && inputs[kDecay] != DataType::kFLOAT && inputs[kDecay] != inputs[kQuery]) {
         return reportError(op_, node_, "decay is %s; give fp32 or the type of query", typeName(inputs[kDecay]));
@@ -132,9 +134,9 @@ int32_t LinearAttentionPlugin::getOutputDataTypes(DataType* outputs, int32_t nb_
     return 0;
 }
 
-int32_t LinearAttentionPlugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t nb_inputs, const nvinfer1::DimsExprs*,
-                                               int32_t, nvinfer1::DimsExprs* outputs, int32_t nb_outputs,
-                                               nvinfer1::IExprBuilder& builder) noexcept {
+int32_t LinearAttentionPlugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t nb_inputs,
+                                               const nvinfer1::DimsExprs*, int32_t, nvinfer1::DimsExprs* outputs,
+                                               int32_t nb_outputs, nvinfer1::IExprBuilder& builder) noexcept {
     if (!checkInputCount(nb_inputs) || nb_outputs != 2) return -1;
     Dims dims[5];
     for (int32_t i = 0; i < nb_inputs; ++i) {
@@ -165,12 +167,13 @@ int32_t LinearAttentionPlugin::checkShape(const Dims* dims, int32_t nb_inputs) c
         const int64_t width = dims[input].d[2];
         if (width < 0) return reportError(op_, node_, "the last dimension of %s must be static", kInputNames[input]);
         if (width % heads != 0 || !isHeadDim(width / heads)) {
-            return reportError(op_, node_, "%s is %lld wide for %lld heads; head_dim must be 64 or 128", kInputNames[input],
-                               static_cast<long long>(width), static_cast<long long>(heads));
+            return reportError(op_, node_, "%s is %lld wide for %lld heads; head_dim must be 64 or 128",
+                               kInputNames[input], static_cast<long long>(width), static_cast<long long>(heads));
         }
         if (width != dims[kQuery].d[2]) {
             return reportError(op_, node_, "%s is %lld wide and query %lld; only equal head sizes are supported",
-                               kInputNames[input], static_cast<long long>(width), static_cast<long long>(dims[kQuery].d[2]));
+                               kInputNames[input], static_cast<long long>(width),
+                               static_cast<long long>(dims[kQuery].d[2]));
         }
     }
     const int64_t head_dim = dims[kQuery].d[2] / heads;
@@ -218,7 +221,7 @@ size_t LinearAttentionPlugin::getWorkspaceSize(const nvinfer1::DynamicPluginTens
 
 int32_t LinearAttentionPlugin::getAliasedInput(int32_t output) noexcept {
     // `linear` may have no past state, and this question comes without the number of inputs.
-    return output == 1 && config_.gated ? static_cast<int32_t>(kPastState) : -1;
+    return output == 1 && config_.gated && stateAliasing() ? static_cast<int32_t>(kPastState) : -1;
 }
 
 int32_t LinearAttentionPlugin::onShapeChange(const nvinfer1::PluginTensorDesc* inputs, int32_t nb_inputs,
@@ -255,7 +258,8 @@ int32_t LinearAttentionPlugin::enqueue(const nvinfer1::PluginTensorDesc* input_d
     auto* scratch = static_cast<float*>(workspace);
     Status status = Status::kOk;
     if (decay == nullptr) {
-        const cudaError_t error = cudaMemsetAsync(scratch, 0, static_cast<size_t>(config_.heads) * sizeof(float), stream);
+        const cudaError_t error =
+            cudaMemsetAsync(scratch, 0, static_cast<size_t>(config_.heads) * sizeof(float), stream);
         if (error != cudaSuccess) status = fail(Status::kCuda, "clearing the slopes: %s", cudaGetErrorString(error));
         params.slopes_H = scratch;
     } else if (decay->type == DataType::kFLOAT) {
@@ -268,7 +272,8 @@ int32_t LinearAttentionPlugin::enqueue(const nvinfer1::PluginTensorDesc* input_d
     params.workspace = static_cast<char*>(workspace) + decayBytes(query, decay, config_.heads);
 
     if (status == Status::kOk) {
-        status = params.tokens == 1 ? launchLightningDecode(params, stream) : launchLightningPrefill(params, nullptr, stream);
+        status = params.tokens == 1 ? launchLightningDecode(params, stream)
+                                    : launchLightningPrefill(params, nullptr, stream);
     }
     status = explainCudaFailure(status, "lightning_attention");
     return status == Status::kOk ? 0 : reportError(op_, node_, "%s", lastError());

@@ -1,5 +1,6 @@
 #include "tensorrt/moe_plugin.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -19,8 +20,9 @@ constexpr int32_t kMaxTopK = 8;
 
 constexpr const char* kMoeInputs[] = {"input", "router_probs", "fc1_experts_weights", "fc1_experts_bias",
                                       "fc2_experts_weights"};
-constexpr const char* kQMoeInputs[] = {
-    "input", "router_probs", "fc1_experts_weights", "fc1_scales", "fc1_experts_bias", "fc2_experts_weights", "fc2_scales"};
+constexpr const char* kQMoeInputs[] = {"input",      "router_probs",     "fc1_experts_weights",
+                                       "fc1_scales", "fc1_experts_bias", "fc2_experts_weights",
+                                       "fc2_scales"};
 
 // 0 where some dimension is 0, -1 where that cannot be told yet, else 1 or more.
 int64_t volume(const Dims& dims) noexcept {
@@ -32,9 +34,7 @@ int64_t volume(const Dims& dims) noexcept {
     return volume;
 }
 
-bool fits(int64_t have, int64_t want) noexcept {
-    return have < 0 || want < 0 || have == want;
-}
+bool fits(int64_t have, int64_t want) noexcept { return have < 0 || want < 0 || have == want; }
 
 }  // namespace
 
@@ -59,8 +59,8 @@ std::vector<nvinfer1::PluginField> MoePlugin::fieldNames(bool quantized) {
     return names;
 }
 
-nvinfer1::IPluginV3* MoePlugin::create(const char* op, const std::string& node, const nvinfer1::PluginFieldCollection* fields,
-                                       bool quantized) {
+nvinfer1::IPluginV3* MoePlugin::create(const char* op, const std::string& node,
+                                       const nvinfer1::PluginFieldCollection* fields, bool quantized) {
     std::string name = node;
     MoeConfig config;
     config.quantized = quantized;
@@ -74,12 +74,13 @@ nvinfer1::IPluginV3* MoePlugin::create(const char* op, const std::string& node, 
     int32_t block = 0;
     FieldReader reader =
         quantized ? FieldReader(op, node, fields,
-                                {"k", "activation_type", "activation_alpha", "activation_beta", "swiglu_fusion", "swiglu_limit",
-                                 "normalize_routing_weights", "use_sparse_mixer", "first_local_expert", "expert_weight_bits",
-                                 "block_size", kNodeField})
-                  : FieldReader(op, node, fields,
-                                {"k", "activation_type", "activation_alpha", "activation_beta", "swiglu_fusion", "swiglu_limit",
-                                 "normalize_routing_weights", "use_sparse_mixer", "first_local_expert", kNodeField});
+                                {"k", "activation_type", "activation_alpha", "activation_beta", "swiglu_fusion",
+                                 "swiglu_limit", "normalize_routing_weights", "use_sparse_mixer", "first_local_expert",
+                                 "expert_weight_bits", "block_size", kNodeField})
+                  : FieldReader(
+                        op, node, fields,
+                        {"k", "activation_type", "activation_alpha", "activation_beta", "swiglu_fusion", "swiglu_limit",
+                         "normalize_routing_weights", "use_sparse_mixer", "first_local_expert", kNodeField});
     reader.read("k", config.top_k);
     reader.read("activation_type", activation);
     reader.read("activation_alpha", alpha);
@@ -99,7 +100,8 @@ nvinfer1::IPluginV3* MoePlugin::create(const char* op, const std::string& node, 
         reportError(op, name, "activation_type '%s' with swiglu_fusion %d is not supported; only 'swiglu' with 1 is",
                     activation.c_str(), fusion);
     } else if (alpha != 1.0f || beta != 0.0f || std::isfinite(limit)) {
-        reportError(op, name, "activation_alpha %g, activation_beta %g, swiglu_limit %g: only 1, 0 and no limit are supported",
+        reportError(op, name,
+                    "activation_alpha %g, activation_beta %g, swiglu_limit %g: only 1, 0 and no limit are supported",
                     static_cast<double>(alpha), static_cast<double>(beta), static_cast<double>(limit));
     } else if (sparse_mixer != 0) {
         reportError(op, name, "use_sparse_mixer is not supported");
@@ -131,10 +133,11 @@ int32_t MoePlugin::getOutputDataTypes(DataType* outputs, int32_t nb_outputs, con
                                       int32_t nb_inputs) const noexcept {
     const Inputs at = positions();
     if (nb_inputs < at.required || nb_inputs > kMaxInputs || nb_outputs != 1) {
-        return reportError(op_, node_,
-                           "it has %d inputs; %d to %d expected, in the order of com.microsoft::%s, with a tensor of no "
-                           "elements for an absent one",
-                           nb_inputs, at.required, kMaxInputs, config_.quantized ? "QMoE" : "MoE");
+        return reportError(
+            op_, node_,
+            "it has %d inputs; %d to %d expected, in the order of com.microsoft::%s, with a tensor of no "
+            "elements for an absent one",
+            nb_inputs, at.required, kMaxInputs, config_.quantized ? "QMoE" : "MoE");
     }
     const DataType x = inputs[kX];
     if (!isActivation(x)) return reportError(op_, node_, "input is %s; give fp16 or bf16", typeName(x));
@@ -144,14 +147,16 @@ int32_t MoePlugin::getOutputDataTypes(DataType* outputs, int32_t nb_outputs, con
     const DataType weight = config_.quantized ? DataType::kINT8 : x;
     for (const int32_t input : {at.fc1, at.fc2}) {
         if (inputs[input] != weight) {
-            return reportError(op_, node_, "%s is %s; %s expected", config_.quantized ? kQMoeInputs[input] : kMoeInputs[input],
-                               typeName(inputs[input]), typeName(weight));
+            return reportError(op_, node_, "%s is %s; %s expected",
+                               config_.quantized ? kQMoeInputs[input] : kMoeInputs[input], typeName(inputs[input]),
+                               typeName(weight));
         }
     }
     if (config_.quantized) {
         if (inputs[at.fc1_scale] != inputs[at.fc2_scale] ||
             (inputs[at.fc1_scale] != x && inputs[at.fc1_scale] != DataType::kFLOAT)) {
-            return reportError(op_, node_, "fc1_scales is %s and fc2_scales %s; give both in fp32 or in the type of input",
+            return reportError(op_, node_,
+                               "fc1_scales is %s and fc2_scales %s; give both in fp32 or in the type of input",
                                typeName(inputs[at.fc1_scale]), typeName(inputs[at.fc2_scale]));
         }
     }
@@ -159,8 +164,9 @@ int32_t MoePlugin::getOutputDataTypes(DataType* outputs, int32_t nb_outputs, con
     return 0;
 }
 
-int32_t MoePlugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t nb_inputs, const nvinfer1::DimsExprs*, int32_t,
-                                   nvinfer1::DimsExprs* outputs, int32_t nb_outputs, nvinfer1::IExprBuilder&) noexcept {
+int32_t MoePlugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t nb_inputs, const nvinfer1::DimsExprs*,
+                                   int32_t, nvinfer1::DimsExprs* outputs, int32_t nb_outputs,
+                                   nvinfer1::IExprBuilder&) noexcept {
     if (nb_inputs < positions().required || nb_inputs > kMaxInputs || nb_outputs != 1) return -1;
     Dims dims[kMaxInputs];
     for (int32_t i = 0; i < nb_inputs; ++i) {
@@ -181,8 +187,8 @@ int32_t MoePlugin::checkShape(const Dims* dims, int32_t nb_inputs) const noexcep
             continue;
         }
         if (volume(dims[input]) != 0) {
-            return reportError(op_, node_, "input %d (%s) is not supported; give a tensor of no elements for absent", input,
-                               input < at.required ? name(input) : "optional");
+            return reportError(op_, node_, "input %d (%s) is not supported; give a tensor of no elements for absent",
+                               input, input < at.required ? name(input) : "optional");
         }
     }
     const Dims& x = dims[kX];
@@ -209,16 +215,19 @@ int32_t MoePlugin::checkShape(const Dims* dims, int32_t nb_inputs) const noexcep
         return reportError(op_, node_,
                            "fc1 [%lld, %lld, %lld] and fc2 [%lld, %lld, %lld] do not go with hidden size %lld: "
                            "[E, 2 * inner, hidden] and [E, hidden, inner] expected",
-                           static_cast<long long>(fc1.d[0]), static_cast<long long>(fc1.d[1]), static_cast<long long>(fc1.d[2]),
-                           static_cast<long long>(fc2.d[0]), static_cast<long long>(fc2.d[1]), static_cast<long long>(fc2.d[2]),
+                           static_cast<long long>(fc1.d[0]), static_cast<long long>(fc1.d[1]),
+                           static_cast<long long>(fc1.d[2]), static_cast<long long>(fc2.d[0]),
+                           static_cast<long long>(fc2.d[1]), static_cast<long long>(fc2.d[2]),
                            static_cast<long long>(hidden));
     }
     if (config_.top_k > experts) {
-        return reportError(op_, node_, "k is %d, more than the %lld experts", config_.top_k, static_cast<long long>(experts));
+        return reportError(op_, node_, "k is %d, more than the %lld experts", config_.top_k,
+                           static_cast<long long>(experts));
     }
     if (config_.first_local + local > experts) {
-        return reportError(op_, node_, "experts %d to %lld are held here, but router_probs has %lld", config_.first_local,
-                           static_cast<long long>(config_.first_local + local - 1), static_cast<long long>(experts));
+        return reportError(op_, node_, "experts %d to %lld are held here, but router_probs has %lld",
+                           config_.first_local, static_cast<long long>(config_.first_local + local - 1),
+                           static_cast<long long>(experts));
     }
     const int64_t tokens = volume(x) < 0 ? -1 : leadingVolume(x, 1);
     const int64_t routed = volume(router) < 0 ? -1 : leadingVolume(router, 1);
@@ -232,16 +241,17 @@ int32_t MoePlugin::checkShape(const Dims* dims, int32_t nb_inputs) const noexcep
         const Dims& scale2 = dims[at.fc2_scale];
         if (scale1.nbDims != 2 || scale2.nbDims != 2 || !fits(scale1.d[0], local) || !fits(scale1.d[1], 2 * inner) ||
             !fits(scale2.d[0], local) || !fits(scale2.d[1], hidden)) {
-            return reportError(op_, node_, "fc1_scales must be [%lld, %lld] and fc2_scales [%lld, %lld]: one per output row",
-                               static_cast<long long>(local), static_cast<long long>(2 * inner), static_cast<long long>(local),
-                               static_cast<long long>(hidden));
+            return reportError(op_, node_,
+                               "fc1_scales must be [%lld, %lld] and fc2_scales [%lld, %lld]: one per output row",
+                               static_cast<long long>(local), static_cast<long long>(2 * inner),
+                               static_cast<long long>(local), static_cast<long long>(hidden));
         }
     }
     return 0;
 }
 
-bool MoePlugin::supportsFormatCombination(int32_t pos, const nvinfer1::DynamicPluginTensorDesc* tensors, int32_t nb_inputs,
-                                          int32_t) noexcept {
+bool MoePlugin::supportsFormatCombination(int32_t pos, const nvinfer1::DynamicPluginTensorDesc* tensors,
+                                          int32_t nb_inputs, int32_t) noexcept {
     const Inputs at = positions();
     const nvinfer1::PluginTensorDesc& desc = tensors[pos].desc;
     if (desc.format != nvinfer1::TensorFormat::kLINEAR) return false;
@@ -275,17 +285,29 @@ void MoePlugin::setTypes(MoeParams& params, DataType x, DataType router, DataTyp
     params.scale_dtype = toDType(scale);
 }
 
-size_t MoePlugin::getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t,
-                                   const nvinfer1::DynamicPluginTensorDesc*, int32_t) const noexcept {
+MoeParams MoePlugin::largest(const nvinfer1::DynamicPluginTensorDesc* inputs) const noexcept {
     const Inputs at = positions();
     MoeParams most = params(inputs[kX].max, inputs[kRouter].max, inputs[at.fc1].max, inputs[at.fc2].max);
     setTypes(most, inputs[kX].desc.type, inputs[kRouter].desc.type,
              config_.quantized ? inputs[at.fc1_scale].desc.type : DataType::kFLOAT);
-    return moeWorkspaceBytes(most);
+    return most;
 }
 
-int32_t MoePlugin::onShapeChange(const nvinfer1::PluginTensorDesc* inputs, int32_t nb_inputs, const nvinfer1::PluginTensorDesc*,
-                                 int32_t) noexcept {
+int32_t MoePlugin::configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t,
+                                   const nvinfer1::DynamicPluginTensorDesc*, int32_t) noexcept {
+    MoeParams most = largest(inputs);
+    most.tokens = std::max(most.tokens, 1);  // no tokens need no workspace either
+    if (moeWorkspaceBytes(most) == 0) return reportError(op_, node_, "%s", lastError());
+    return 0;
+}
+
+size_t MoePlugin::getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t,
+                                   const nvinfer1::DynamicPluginTensorDesc*, int32_t) const noexcept {
+    return moeWorkspaceBytes(largest(inputs));
+}
+
+int32_t MoePlugin::onShapeChange(const nvinfer1::PluginTensorDesc* inputs, int32_t nb_inputs,
+                                 const nvinfer1::PluginTensorDesc*, int32_t) noexcept {
     if (nb_inputs < positions().required || nb_inputs > kMaxInputs) return -1;
     Dims dims[kMaxInputs];
     for (int32_t i = 0; i < nb_inputs; ++i) dims[i] = inputs[i].dims;
@@ -293,9 +315,11 @@ int32_t MoePlugin::onShapeChange(const nvinfer1::PluginTensorDesc* inputs, int32
 }
 
 int32_t MoePlugin::enqueue(const nvinfer1::PluginTensorDesc* input_desc, const nvinfer1::PluginTensorDesc*,
-                           const void* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
+                           const void* const* inputs, void* const* outputs, void* workspace,
+                           cudaStream_t stream) noexcept {
     const Inputs at = positions();
-    MoeParams now = params(input_desc[kX].dims, input_desc[kRouter].dims, input_desc[at.fc1].dims, input_desc[at.fc2].dims);
+    MoeParams now =
+        params(input_desc[kX].dims, input_desc[kRouter].dims, input_desc[at.fc1].dims, input_desc[at.fc2].dims);
     setTypes(now, input_desc[kX].type, input_desc[kRouter].type,
              config_.quantized ? input_desc[at.fc1_scale].type : DataType::kFLOAT);
     now.x_ND = inputs[kX];

@@ -7,9 +7,7 @@
 
 #define MXC_EXPORT extern "C" __attribute__((visibility("default")))
 
-MXC_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
-    mxc::trt::setLoggerFinder(finder);
-}
+MXC_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { mxc::trt::setLoggerFinder(finder); }
 
 MXC_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
     static mxc::trt::Creator<mxc::trt::LinearAttentionPlugin> linear_attention("LinearAttention");
@@ -22,6 +20,6 @@ MXC_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count)
 }
 
 // 100 * major + minor of the TensorRT headers this library was compiled with.
-MXC_EXPORT int32_t mxc_tensorrt_headers() {
-    return 100 * NV_TENSORRT_MAJOR + NV_TENSORRT_MINOR;
-}
+MXC_EXPORT int32_t mxc_tensorrt_headers() { return 100 * NV_TENSORRT_MAJOR + NV_TENSORRT_MINOR; }
+
+MXC_EXPORT void mxc_tensorrt_state_aliasing(int32_t on) { mxc::trt::setStateAliasing(on != 0); }
