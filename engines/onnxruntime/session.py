@@ -176,7 +176,8 @@ class OrtSession:
         outputs: dict[str, np.ndarray] = {}
         for run in plan(new_B, state.lengths):
             here = slice(run.first, run.end)
-            columns = positions_BP.shape[1] if positions != "all" else run.tokens
+            # "all" of a shorter run ends with the run
+            columns = run.tokens if isinstance(positions, str) and positions == "all" else positions_BP.shape[1]
             new_R1, asked_RP = new_B[here, None], positions_BP[here, :columns]
             meant_RP = (asked_RP >= 0) & (asked_RP < new_R1)
             wanted_RP = np.where(meant_RP, asked_RP, 0)
