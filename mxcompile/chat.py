@@ -47,6 +47,13 @@ def render(
     return "".join(parts)
 
 
+def opening(system: str | None, text: str) -> list[dict[str, str]]:
+    """The messages that open a conversation: the system's (None: the official one, "": none) and the user's."""
+    system = DEFAULT_SYSTEM if system is None else system
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": text}]
+
+
 def generation_prompt() -> str:
     """The header after which the model answers."""
     return f"{BEGIN}{HEADERS['assistant']}\n"

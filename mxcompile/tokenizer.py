@@ -17,14 +17,6 @@ from mxcompile.errors import MxcompileError
 if TYPE_CHECKING:
     import tokenizers
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-)
-"""What a build copies from the checkpoint, where present, so that an engine folder stands alone."""
-
 FUNCTION_CALL = "<function_call>"  # special, but part of the output: it opens a call
 _LARGEST_FILE = 1 << 28  # bytes; the published tokenizer.json has about 2**24
 

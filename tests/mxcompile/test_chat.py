@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mxcompile.byte_tokenizer import write_byte_tokenizer
+from model_defs.checkpoint.random_tokenizer import write_tokenizer
+from model_defs.presets import preset
 from mxcompile.chat import DEFAULT_SYSTEM, ChatError, next_turn, render
 from mxcompile.tokenizer import Tokenizer
 
@@ -54,7 +55,7 @@ def test_only_the_first_item_counts_save_for_the_assistant(role):
 @pytest.mark.parametrize("ended", [True, False])
 def test_the_next_turn_continues_the_sequence_as_one_conversation(tmp_path, ended):
     """In tokens, which is what the state has seen: turn by turn equals the whole conversation at once."""
-    write_byte_tokenizer(tmp_path, 512, 509, 510)
+    write_tokenizer(preset("tiny"), tmp_path)
     tokenizer = Tokenizer.find(tmp_path)
     first = [{"role": "user", "content": "one"}]
     answer = [{"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}]

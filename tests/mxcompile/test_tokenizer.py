@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxcompile.byte_tokenizer import byte_symbols, write_byte_tokenizer
+from model_defs.checkpoint.random_tokenizer import write_tokenizer
+from model_defs.presets import preset
 from mxcompile.tokenizer import Tokenizer, TokenizerError
 
 EOS, BOS, VOCAB = 510, 509, 512
@@ -18,7 +19,8 @@ EOS, BOS, VOCAB = 510, 509, 512
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer")
-    write_byte_tokenizer(path, VOCAB, BOS, EOS)
+    write_tokenizer(preset("tiny"), path)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}))
     return path
 
 
@@ -35,9 +37,7 @@ def test_every_id_has_a_meaning(tokenizer):
     assert tokenizer.vocab_size == VOCAB
     assert tokenizer.eos_token_ids == (EOS,)
     assert tokenizer.encode("<beginning_of_sentence>user<end_of_sentence>\n")[0] == BOS
-    assert [i for i in range(VOCAB) if tokenizer.decode([i])] == [
-        i for i in range(VOCAB) if i not in (BOS, EOS, 511, 507)
-    ]
+    assert [i for i in range(VOCAB) if tokenizer.decode([i])] == [i for i in range(VOCAB) if i not in (BOS, EOS, 511)]
 
 
 @given(texts)
@@ -95,25 +95,6 @@ def test_decoders_that_strip_the_first_space_stream_too(tmp_path):
     assert "".join(map(stream.push, tokens)) + stream.finish() == tokenizer.decode(tokens) == "ab abc abd ab"
 
 
-def test_byte_symbols_are_the_library_s_alphabet():
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    assert sorted(byte_symbols().values()) == sorted(ByteLevel.alphabet())
-    assert byte_symbols()[ord(" ")] == "Ġ"
-
-
-def test_larger_vocabulary_is_full_and_deterministic(tmp_path):
-    files = []
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        write_byte_tokenizer(tmp_path / name, 16384, 16381, 16382)
-        files.append((tmp_path / name / "tokenizer.json").read_bytes())
-    assert files[0] == files[1]
-    tokenizer = Tokenizer.find(tmp_path / "a")
-    assert tokenizer.vocab_size == 16384
-    assert all(tokenizer.decode([i]) for i in range(16379))
-
-
 def copy(folder, path, **files):
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (path / name).write_bytes((folder / name).read_bytes())
@@ -133,8 +114,8 @@ def copy(folder, path, **files):
         ({"generation_config": {}, "tokenizer_config": {"eos_token": {"content": "<end_of_document>"}}}, (511,)),
         ({"generation_config": None, "tokenizer_config": None}, (EOS,)),
         (
-            {"generation_config": None, "tokenizer_config": {}, "special_tokens_map": {"eos_token": "<image>"}},
-            (507,),
+            {"generation_config": None, "tokenizer_config": {}, "special_tokens_map": {"eos_token": "<function_call>"}},
+            (508,),
         ),
     ],
 )

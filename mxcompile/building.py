@@ -1,0 +1,354 @@
+"""From a checkpoint to an engine directory or an ONNX file: the stages of the other packages, strung together."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import platform
+import resource
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engines.config import Checkpoint as CheckpointReference
+from engines.config import EngineConfig
+from engines.directory import EngineDirWriter
+from engines.errors import DISAGREEMENT, EngineError
+from mxcompile import __version__
+from mxcompile.errors import MxcompileError
+from mxcompile.progress import Progress, SilentProgress, Stage, StageClock
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from model_defs.checkpoint.reader import Checkpoint
+    from model_defs.config import ModelConfig
+
+TARGETS = ("onnxruntime",)
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """What a build made and what it took. Sizes and memory in bytes, times in seconds."""
+
+    output: str
+    target: str
+    dtype: str
+    layers: int
+    parameters: int
+    max_batch_size: int
+    max_seq_len: int
+    sizes: dict[str, int]  # of the engine directory: graph, weights, other, total
+    referenced_bytes: int  # weights that are read from the checkpoint where they lie
+    seconds: dict[str, float]  # by stage
+    peak_memory: int  # most resident memory of this process so far
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+def build(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    target: str = "onnxruntime",
+    dtype: str = "float32",
+    layers: int | None = None,
+    max_batch_size: int = 8,
+    max_seq_len: int = 4096,
+    prefill_chunk: int | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> BuildSummary:
+    """Compile the checkpoint in a folder into an engine directory, whole or not at all.
+
+    Args:
+        dtype: of weights and activations; states and logits are fp32.
+        layers: take the first ones only; each computes what it does in the full model.
+        max_seq_len: most tokens of one sequence, prompt and output together.
+        prefill_chunk: tokens of one piece of a long prompt; default: the target's.
+        threads: CPU threads; default: the CPUs this process may use.
+        force: replace an engine that is at `output`.
+
+    Raises:
+        An exception whose `exit_code` is 2 for a bad checkpoint or request, 3 for a lack of space, memory or
+        libraries, 1 when the finished engine computes something that is not finite.
+    """
+    _check_choice("target", target, TARGETS)
+    _check_choice("dtype", dtype, DTYPES)
+    clock = StageClock(progress or SilentProgress())
+    with EngineDirWriter(output, force=force) as writer:
+        with clock.stage("read"):
+            opened, config = _open(Path(checkpoint), layers)
+            _check_limits(config, max_batch_size, max_seq_len, prefill_chunk)
+            fingerprint = opened.fingerprint()
+        with clock.stage("trace"), _torch_threads(threads):
+            model = bound_graph(config, dtype, opened)
+        referenced = _referenced_bytes(model)
+
+        from engines.onnxruntime.build import DEFAULT_PREFILL_CHUNK, BuildRequest
+        from engines.onnxruntime.build import build as build_engine
+        from export.contract import hidden_tap, router_tap
+
+        request = BuildRequest(
+            model=config.to_dict(),
+            max_batch_size=max_batch_size,
+            max_seq_len=max_seq_len,
+            prefill_chunk=prefill_chunk or DEFAULT_PREFILL_CHUNK,
+            dtype=dtype,
+            checkpoint=CheckpointReference(str(opened.folder), fingerprint),
+            taps=[tap(layer) for layer in range(config.num_layers) for tap in (hidden_tap, router_tap)],
+            mxcompile_version=__version__,
+            versions=_versions(),
+        )
+        with _StageByName(clock) as report:
+            engine = build_engine(model, writer, request, report)
+        with clock.stage("build"):
+            for file in opened.tokenizer_files:
+                writer.add(file.name, file)
+            engine = dataclasses.replace(engine, options={"layers": layers, "target": target})
+            engine = writer.commit(engine)
+    with clock.stage("verify"):
+        _verify(Path(output), threads)
+    return BuildSummary(
+        output=str(output),
+        target=target,
+        dtype=dtype,
+        layers=config.num_layers,
+        parameters=sum(config.parameter_counts().values()),
+        max_batch_size=max_batch_size,
+        max_seq_len=max_seq_len,
+        sizes=_sizes(engine),
+        referenced_bytes=referenced,
+        seconds={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
+        peak_memory=peak_memory(),
+    )
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """What an export wrote. Sizes in bytes, times in seconds."""
+
+    path: str
+    dtype: str
+    layers: int
+    nodes: int
+    graph_bytes: int
+    referenced_bytes: int
+    derived_bytes: int
+    seconds: dict[str, float]
+    peak_memory: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+def export_onnx(
+    source: str | Path | ModelConfig,
+    output: str | Path,
+    *,
+    dtype: str = "float32",
+    layers: int | None = None,
+    weights: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportSummary:
+    """Write the canonical ONNX graph.
+
+    `source` is a checkpoint folder, whose weights the file then refers to; or, for the graph alone, a configuration, a
+    `config.json` or a checkpoint folder with `weights=False`. Raises as `build` does.
+    """
+    from export.save import save_graph, save_with_weights
+    from model_defs.config import ModelConfig
+    from model_defs.config_schemas import read_config
+
+    _check_choice("dtype", dtype, DTYPES)
+    clock = StageClock(progress or SilentProgress())
+    opened: Checkpoint | None = None
+    with clock.stage("read"):
+        if isinstance(source, ModelConfig):
+            config = source if layers is None else source.truncated(layers)
+        elif weights and Path(source).suffix != ".json":
+            opened, config = _open(Path(source), layers)
+        else:
+            config = read_config(source)
+            config = config if layers is None else config.truncated(layers)
+    with clock.stage("trace"):
+        model = graph(config, dtype) if opened is None else bound_graph(config, dtype, opened)
+    if opened is None:
+        with clock.stage("write"):
+            saved = save_graph(model, Path(output), force=force)
+    else:
+        total = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+        with clock.stage("bind weights", total) as stage:
+            saved = save_with_weights(model, Path(output), force=force, on_progress=stage.advance)
+    return ExportSummary(
+        path=str(output),
+        dtype=dtype,
+        layers=config.num_layers,
+        nodes=model.graph.num_nodes(),
+        graph_bytes=saved.graph_bytes,
+        referenced_bytes=saved.referred_bytes,
+        derived_bytes=saved.derived_bytes,
+        seconds={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
+        peak_memory=peak_memory(),
+    )
+
+
+def bound_graph(config: ModelConfig, dtype: str, checkpoint: Checkpoint) -> ir.Model:
+    """The canonical graph of `config`, its initializers bound to the checkpoint without reading them."""
+    from export.weights import bind_weights
+
+    model = graph(config, dtype)
+    bind_weights(model, config, checkpoint)
+    return model
+
+
+def graph(config: ModelConfig, dtype: str) -> ir.Model:
+    """The canonical graph of `config`, without weights."""
+    from export.trace import trace_model
+
+    with _quiet():
+        return trace_model(config, dtype)
+
+
+def peak_memory() -> int:
+    """Most resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _open(folder: Path, layers: int | None) -> tuple[Checkpoint, ModelConfig]:
+    """The checkpoint, and the configuration of its first `layers` layers, whose tensors are all there."""
+    from model_defs.checkpoint.reader import Checkpoint
+    from model_defs.checkpoint.verify import require_complete
+
+    opened = Checkpoint.open(folder)
+    config = opened.config if layers is None else opened.config.truncated(layers)
+    require_complete(opened, config)
+    return opened, config
+
+
+def _verify(engine_dir: Path, threads: int | None) -> None:
+    """Open the finished engine as a user would and run it; take it away again when it cannot be used."""
+    import numpy as np
+
+    from engines import load
+
+    try:
+        session = load(engine_dir, threads=threads)
+        state = session.new_state(1)
+        session.prefill([[0]], state)
+        logits_BN = session.decode([session.vocab_size - 1], state)
+        if not np.isfinite(logits_BN).all():
+            raise EngineError(
+                "the built engine computes logits that are not finite; verify the checkpoint (mxcompile checkpoint verify)"
+                " or build with --dtype float32",
+                exit_code=DISAGREEMENT,
+            )
+    except BaseException:
+        shutil.rmtree(engine_dir, ignore_errors=True)
+        raise
+
+
+class _StageByName:
+    """Turns the engine builders' callback (stage, done, total) into stages that follow each other."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._name: str | None = None
+        self._stack = contextlib.ExitStack()
+        self._stage: Stage | None = None
+        self._done = 0
+
+    def __enter__(self) -> _StageByName:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if name != self._name:
+            self._stack.close()
+            self._stage = self._stack.enter_context(self._progress.stage(name, total))
+            self._name, self._done = name, 0
+        assert self._stage is not None
+        self._stage.advance(done - self._done)
+        self._done = done
+
+
+def _referenced_bytes(model: ir.Model) -> int:
+    import onnx_ir as ir
+
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+
+
+def _sizes(engine: EngineConfig) -> dict[str, int]:
+    sizes = {"graph": 0, "weights": 0, "other": 0}
+    for name, record in engine.files.items():
+        kind = "graph" if name.endswith(".onnx") else "weights" if ".weights." in name else "other"
+        sizes[kind] += record.size
+    return sizes | {"total": sum(sizes.values())}
+
+
+def _versions() -> dict[str, str]:
+    import onnxruntime
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep from the user what the tracer says about packages that it does not find and its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise MxcompileError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _check_limits(config: ModelConfig, max_batch_size: int, max_seq_len: int, prefill_chunk: int | None) -> None:
+    if max_seq_len > config.max_position_embeddings:
+        raise MxcompileError(
+            f"--max-seq-len {max_seq_len} is more than the {config.max_position_embeddings} positions of this model"
+        )
+    for name, value in (("batch-size", max_batch_size), ("seq-len", max_seq_len), ("chunk", prefill_chunk)):
+        if value is not None and value < 1:
+            raise MxcompileError(f"{name} must be at least 1, not {value}")

@@ -1,0 +1,73 @@
+"""`mxcompile build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mxcompile.cli.config_file import config_option
+from mxcompile.cli.options import (
+    PATH,
+    Verb,
+    dtype_option,
+    json_option,
+    layers_option,
+    limits_options,
+    threads_option,
+    verbose_option,
+)
+
+
+@click.command(cls=Verb)
+@click.argument("checkpoint", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, metavar="ENGINE_DIR", help="Folder to write the engine to.")
+@click.option(
+    "--target",
+    type=click.Choice(["onnxruntime"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the engine.",
+)
+@dtype_option
+@layers_option
+@limits_options
+@threads_option
+@click.option("--force", is_flag=True, help="Replace an engine that is already there.")
+@config_option("output")
+@json_option
+@verbose_option
+def command(checkpoint: Path, output: Path, as_json: bool, verbose: bool, **options: Any) -> None:
+    """Compile a checkpoint into an engine directory.
+
+    The checkpoint is read, never changed. The engine appears when it is whole: a build that fails or is interrupted
+    leaves nothing behind.
+    """
+    from mxcompile.building import build
+    from mxcompile.cli.progress_bars import progress
+
+    with progress(verbose) as shown:
+        summary = build(checkpoint, output, progress=shown, **options)
+    if as_json:
+        from mxcompile.cli.output import print_json
+
+        print_json(summary.to_dict())
+        return
+
+    from mxcompile.cli.output import bytes_text, count_text, print_pairs
+
+    print_pairs(
+        f"Built {summary.output}",
+        {
+            "target": f"{summary.target}, {summary.dtype}",
+            "model": f"{summary.layers} layers, {count_text(summary.parameters)} parameters",
+            "limits": f"batch {summary.max_batch_size}, {summary.max_seq_len} tokens",
+            "size": ", ".join(f"{name} {bytes_text(size)}" for name, size in summary.sizes.items()),
+            "read in place": f"{bytes_text(summary.referenced_bytes)} of the checkpoint",
+            "time": f"{sum(summary.seconds.values()):.1f} s ("
+            + ", ".join(f"{name} {seconds:.1f}" for name, seconds in summary.seconds.items())
+            + ")",
+            "peak memory": bytes_text(summary.peak_memory),
+        },
+    )

@@ -1,0 +1,104 @@
+"""One place that turns an exception into a line on stderr and an exit code. No traceback unless `--debug` asks for
+it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+
+import click
+
+USAGE, ENVIRONMENT, INTERNAL, INTERRUPTED = 2, 3, 70, 130
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+# What `pip install 'mxcompile[EXTRA]'` brings, by the module whose import failed.
+_EXTRAS = {
+    "torch": "build",
+    "onnx": "build",
+    "onnx_ir": "build",
+    "onnxscript": "build",
+    "safetensors": "build",
+    "transformers": "transformers",
+    "tensorrt_rtx": "tensorrt-rtx",
+}
+
+
+def report(error: BaseException) -> int:
+    """Print what happened, if anything is to be said; returns the exit code."""
+    code, message = describe(error)
+    if isinstance(error, BrokenPipeError) or (isinstance(error, SystemExit) and code == 1):
+        # The reader of our output went away (`mxcompile ... | head`); click ends such a pipe with SystemExit(1). Python
+        # flushes stdout once more on its way out, so give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if debugging() and code not in (0, INTERRUPTED):
+        import traceback
+
+        traceback.print_exception(error)
+    if message:
+        with contextlib.suppress(OSError):  # nobody may be reading stderr either
+            click.echo(f"error: {' '.join(message.split())}", err=True)
+    return code
+
+
+def describe(error: BaseException) -> tuple[int, str]:
+    """Exit code and one line for an exception; an empty line where silence is right."""
+    match error:
+        case click.exceptions.Exit() | SystemExit():
+            code = error.exit_code if isinstance(error, click.exceptions.Exit) else error.code
+            return (code, "") if isinstance(code, int) else (0 if code is None else 1, str(code or ""))
+        case click.Abort() | KeyboardInterrupt():
+            return INTERRUPTED, "interrupted"
+        case click.UsageError():
+            where = f" (see: {error.ctx.command_path} --help)" if error.ctx else ""
+            return USAGE, error.format_message().rstrip() + where
+        case click.ClickException():
+            return error.exit_code, error.format_message()
+        case BrokenPipeError():
+            return 0, ""
+        case MemoryError():
+            return ENVIRONMENT, "out of memory; build fewer layers or use a machine with more"
+        case ImportError() if (extra := _EXTRAS.get((error.name or "").split(".")[0])) is not None:
+            return ENVIRONMENT, f"this needs {error.name}; install it with: pip install 'mxcompile[{extra}]'"
+    declared = getattr(error, "exit_code", None)
+    if isinstance(declared, int):
+        return declared, str(error)
+    if isinstance(error, OSError):
+        return _describe_os_error(error)
+    return INTERNAL, (
+        f"internal error: {type(error).__name__}: {error}; "
+        "this is a fault of mxcompile: run again with --debug and report the traceback"
+    )
+
+
+def _describe_os_error(error: OSError) -> tuple[int, str]:
+    name = f"{error.filename}: " if error.filename else ""
+    if error.errno in _DISK_FULL:
+        return (
+            ENVIRONMENT,
+            f"{name}the disk is full; free space or choose another folder, nothing was left half-written",
+        )
+    if error.errno == errno.ENOMEM:
+        return ENVIRONMENT, "out of memory; build fewer layers or use a machine with more"
+    return USAGE, f"{name}{error.strerror or error}"
+
+
+_debug = False
+
+
+def debugging() -> bool:
+    """Whether tracebacks are wanted: `--debug`, or MXCOMPILE_DEBUG set to something but 0."""
+    return _debug or os.environ.get("MXCOMPILE_DEBUG", "0") not in ("", "0")
+
+
+def set_debug(value: bool) -> None:
+    """What `--debug` calls."""
+    global _debug
+    _debug = _debug or value
+
+
+def warn(message: str) -> None:
+    """One line on stderr beside the result."""
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,96 @@
+"""The entry point: finds a verb, runs it, and turns every way it can end into an exit code.
+
+Exit codes: 0 done; 1 a comparison disagrees; 2 wrong usage or input; 3 the machine lacks something (a library, disk
+space, memory); 70 a fault of mxcompile itself; 130 interrupted; 143 terminated.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from mxcompile.cli.errors import report
+
+VERBS = {
+    "build": "Compile a checkpoint into an engine directory.",
+    "run": "Generate with a built engine.",
+    "validate": "Compare an engine with the PyTorch definition of its checkpoint.",
+    "inspect": "Describe an engine directory, a checkpoint or an ONNX file.",
+    "export": "Write the canonical ONNX graph of a checkpoint or a preset.",
+    "checkpoint": "Create or verify a checkpoint.",
+    "doctor": "Say what this machine can build and run.",
+    "plugins": "Build or list the CUDA kernels and the TensorRT plugin library.",
+}
+"""Verb -> its help line. The module `mxcompile.cli.VERB` holds its `command`."""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a verb's module only when that verb is invoked."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        from importlib import import_module
+
+        return import_module(f"mxcompile.cli.{cmd_name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from mxcompile import __version__
+
+        click.echo(f"mxcompile {__version__}")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
+def cli() -> None:
+    """Compile MiniMax-Text-01 checkpoints ahead of time into inference engines, and run them.
+
+    Start with `mxcompile doctor`, then `mxcompile build CHECKPOINT -o ENGINE_DIR`.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    _terminate_cleanly()
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        result: Any = cli.main(args, prog_name="mxcompile", standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+        sys.stdout.flush()
+    except BaseException as error:
+        code = report(error)
+    sys.exit(code)
+
+
+def _terminate_cleanly() -> None:
+    """Let SIGTERM unwind like Ctrl-C, so that half-written output is removed."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+if __name__ == "__main__":
+    main()

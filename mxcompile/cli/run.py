@@ -1,0 +1,148 @@
+"""`mxcompile run`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mxcompile.cli.options import PATH, Verb, json_option, prefill_chunk_option, sampling_options, threads_option
+
+if TYPE_CHECKING:
+    from engines.generation import GenerationResult, TokenEvent
+    from mxcompile.loading import LoadedEngine
+
+
+@click.command(cls=Verb)
+@click.argument("engine_dir", type=PATH)
+@click.option("--prompt", metavar="TEXT", help="Continue this text.")
+@click.option("--prompt-file", metavar="FILE", help="Continue the text of this file, as it is; - reads stdin.")
+@click.option("--tokens", metavar="IDS", help="Continue these token ids: 1,2,3.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the chat template; without a prompt, talk in turns.")
+@click.option("--system", metavar="TEXT", help="System message of --chat.  [default: MiniMax's own; '' for none]")
+@sampling_options
+@prefill_chunk_option
+@threads_option
+@click.option("--checkpoint", type=PATH, metavar="DIR", help="Where the engine's checkpoint lies now, if it was moved.")
+@json_option
+@click.option("--no-stream", is_flag=True, help="Print the text at the end instead of while it comes.")
+def command(
+    engine_dir: Path,
+    prompt: str | None,
+    prompt_file: str | None,
+    tokens: str | None,
+    chat: bool,
+    system: str | None,
+    as_json: bool,
+    no_stream: bool,
+    threads: int | None,
+    checkpoint: Path | None,
+    **settings: Any,
+) -> None:
+    """Generate with a built engine.
+
+    The text goes to stdout; a closing line on stderr tells its speed. Without a tokenizer in the engine, give and get
+    token ids.
+    """
+    given = [name for name, value in _sources(prompt, prompt_file, tokens).items() if value is not None]
+    talk = chat and not given
+    if len(given) > 1:
+        raise click.UsageError(f"give one of {', '.join(given)}", click.get_current_context())
+    if talk and not (sys.stdin.isatty() and not as_json):
+        raise click.UsageError("--chat without a prompt needs a terminal; give --prompt", click.get_current_context())
+    if not given and not talk:
+        raise click.UsageError("give --prompt, --prompt-file or --tokens, or --chat", click.get_current_context())
+    if chat and tokens is not None:
+        raise click.UsageError("--chat takes text, not --tokens", click.get_current_context())
+    if system is not None and not chat:
+        raise click.UsageError("--system needs --chat", click.get_current_context())
+    ids = None if tokens is None else _token_ids(tokens)
+    text = _read(prompt_file) if prompt_file is not None else prompt
+
+    from mxcompile.loading import load
+
+    engine = load(engine_dir, threads=threads, checkpoint=checkpoint)
+    if talk:
+        from mxcompile.cli.chat_loop import talk_in_turns
+
+        talk_in_turns(engine, system, settings)
+        return
+    if chat:
+        from mxcompile.chat import opening, render
+
+        text = render(opening(system, text or ""))
+    result = answer(engine, ids if ids is not None else text or "", settings, stream=not (no_stream or as_json))
+    if as_json:
+        from mxcompile.cli.output import print_json
+
+        print_json(result.to_dict())
+    else:
+        if no_stream:
+            click.echo(result.text if result.text is not None else " ".join(map(str, result.tokens)))
+        if settings["logprobs"] is not None:
+            _print_logprobs(engine, result)
+        close(result)
+
+
+def answer(
+    engine: LoadedEngine, prompt: str | list[int], settings: dict[str, Any], *, stream: bool, state: Any = None
+) -> GenerationResult:
+    """Run one prompt; with `stream`, write the text (or the ids) to stdout as it comes."""
+
+    def show(event: TokenEvent) -> None:
+        ended = event.finish_reason == "stop" and event.token in engine.eos_token_ids
+        piece = event.text if engine.tokenizer is not None else ("" if ended else f"{event.token} ")
+        click.echo(piece, nl=event.finish_reason is not None)
+
+    generation = engine.start([prompt], state=state, **settings)
+    for event in generation:
+        if stream:
+            show(event)
+    return generation.results()[0]
+
+
+def close(result: GenerationResult) -> None:
+    """The line on stderr that ends an answer."""
+    speed = f"{result.decode_tokens_per_s:.1f} tokens/s" if result.decode_tokens_per_s else "one token"
+    click.echo(
+        f"{result.prompt_tokens} prompt tokens, first token after {result.time_to_first_token_s * 1000:.0f} ms, "
+        f"{len(result.tokens)} tokens at {speed} ({result.finish_reason})",
+        err=True,
+    )
+
+
+def _print_logprobs(engine: LoadedEngine, result: GenerationResult) -> None:
+    from mxcompile.cli.output import print_table
+
+    def name(token: int) -> str:
+        return f"{token} {engine.tokenizer.decode([token])!r}" if engine.tokenizer is not None else str(token)
+
+    rows = [
+        (name(token), f"{logprobs.chosen:.4f}", "  ".join(f"{name(i)} {value:.4f}" for i, value in logprobs.top))
+        for token, logprobs in zip(result.tokens, result.logprobs, strict=True)
+    ]
+    print_table("Log-probabilities", ("token", "logprob", "likeliest"), rows)
+
+
+def _sources(prompt: str | None, prompt_file: str | None, tokens: str | None) -> dict[str, str | None]:
+    return {"--prompt": prompt, "--prompt-file": prompt_file, "--tokens": tokens}
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of token ids like 1,2,3", param_hint="--tokens") from None
+
+
+def _read(name: str) -> str:
+    """The text of a file, or of stdin for "-". It must be UTF-8."""
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"{name} is not UTF-8 text (byte {error.start})", param_hint="--prompt-file") from None
+    except OSError as error:
+        raise click.BadParameter(f"{name}: {error.strerror}", param_hint="--prompt-file") from error
