@@ -111,23 +111,26 @@ def flavour_of(trt: ModuleType) -> str:
 def check_versions(flavour: str, runtime: str, headers: str) -> None:
     """LibraryError where a plugin library compiled with TensorRT `headers` must not be loaded into version `runtime`.
 
-    TensorRT keeps its plugin interface within a major version. TensorRT-RTX 1.x shares the interface of TensorRT 10
-    (10.14 headers were tried with 1.7); the headers of its own SDK are versioned 1.x.
+    TensorRT keeps its plugin interface within a major version. TensorRT-RTX (1.7 or later) takes plugins compiled with the
+    headers of TensorRT 10 (10.14 was tried with 1.7.1) or 11, or with its own, which are versioned 1.x.
     """
-    header_major, runtime_major = (_major(version) for version in (headers, runtime))
-    allowed = {1: {1, 10}}.get(runtime_major, set()) if flavour == "tensorrt-rtx" else {runtime_major}
-    if header_major not in allowed:
+    header, run = _version(headers), _version(runtime)
+    if flavour == "tensorrt-rtx":
+        fits = (1, 7) <= run < (2, 0) and header[0] in (1, 10, 11)
+    else:
+        fits = header[0] == run[0]
+    if not fits:
         raise LibraryError(
             f"the plugin library was compiled with TensorRT {headers} headers and cannot be loaded into {flavour} {runtime}; "
             "set TENSORRT_INCLUDE_DIR to headers that go with it and run `mxcompile plugins build` again"
         )
 
 
-def _major(version: str) -> int:
-    match = re.match(r"(\d+)\.", version)
+def _version(text: str) -> tuple[int, int]:
+    match = re.match(r"(\d+)\.(\d+)", text)
     if match is None:
-        raise LibraryError(f"{version!r} is not a TensorRT version")
-    return int(match[1])
+        raise LibraryError(f"{text!r} is not a TensorRT version")
+    return int(match[1]), int(match[2])
 
 
 def load_plugins(trt: ModuleType, folder: Path | None = None) -> LoadedPlugins:

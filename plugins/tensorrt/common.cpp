@@ -1,5 +1,7 @@
 #include "tensorrt/common.h"
 
+#include <dlfcn.h>
+
 #include <atomic>
 #include <cstdarg>
 #include <cstdio>
@@ -7,14 +9,71 @@
 #include <utility>
 
 namespace mxc::trt {
+
+// TensorRT's logger and the finder that leads to it, as the runtime that loaded us lays them out. TensorRT 11 and
+// TensorRT-RTX 1.7 made both versioned interfaces, so a library compiled with the headers of TensorRT 10 must not call
+// them through those headers: it would call other functions of theirs. Not in an anonymous namespace: there the
+// compiler sees that nothing here implements them and makes each call one of a pure virtual function.
+struct PlainFinder {
+    virtual void* findLogger() = 0;
+};
+struct PlainLogger {
+    virtual void log(int32_t severity, const char* text) noexcept = 0;
+};
+struct VersionedFinder : nvinfer1::IVersionedInterface {
+    virtual void* findLogger() = 0;
+};
+struct VersionedLogger : nvinfer1::IVersionedInterface {
+    virtual void log(int32_t severity, const char* text) noexcept = 0;
+};
+
 namespace {
 
-nvinfer1::ILoggerFinder* g_finder = nullptr;
+constexpr int32_t kErrorSeverity = 1;
+
+struct Runtime {
+    void* finder = nullptr;
+    void* (*get_logger)() = nullptr;  // TensorRT's own; while a network is parsed the finder knows no logger
+    bool versioned = false;
+};
+
+Runtime g_runtime;
 std::atomic<bool> g_state_aliasing{false};
+
+void logError(const char* line) noexcept {
+    void* logger = nullptr;
+    if (g_runtime.finder != nullptr) {
+        logger = g_runtime.versioned ? static_cast<VersionedFinder*>(g_runtime.finder)->findLogger()
+                                     : static_cast<PlainFinder*>(g_runtime.finder)->findLogger();
+    }
+    if (logger == nullptr && g_runtime.get_logger != nullptr) logger = g_runtime.get_logger();
+    if (logger == nullptr) {
+        std::fprintf(stderr, "%s\n", line);
+    } else if (g_runtime.versioned) {
+        static_cast<VersionedLogger*>(logger)->log(kErrorSeverity, line);
+    } else {
+        static_cast<PlainLogger*>(logger)->log(kErrorSeverity, line);
+    }
+}
 
 }  // namespace
 
-void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept { g_finder = finder; }
+void setLoggerFinder(void* finder) noexcept {
+    g_runtime = Runtime{};
+    // Which TensorRT loaded us is told by where the code of its finder lies.
+    Dl_info library{};
+    if (finder == nullptr || dladdr(*static_cast<void**>(finder), &library) == 0) return;
+    void* handle = dlopen(library.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+    if (handle == nullptr) return;
+    const auto major = reinterpret_cast<int32_t (*)()>(dlsym(handle, "getInferLibMajorVersion"));
+    if (major != nullptr) {
+        constexpr int32_t kRtx = 1;  // this package asks for 1.7 or later
+        g_runtime.versioned = major() >= 11 || major() == kRtx;
+        g_runtime.finder = finder;
+        g_runtime.get_logger = reinterpret_cast<void* (*)()>(dlsym(handle, "getLogger"));
+    }
+    dlclose(handle);  // only undoes this dlopen
+}
 
 void setStateAliasing(bool on) noexcept { g_state_aliasing = on; }
 
@@ -28,12 +87,7 @@ int32_t reportError(const char* op, const std::string& node, const char* format,
     va_end(arguments);
     char line[1024];
     std::snprintf(line, sizeof(line), "%s '%s': %s", op, node.c_str(), text);
-    nvinfer1::ILogger* logger = g_finder == nullptr ? nullptr : g_finder->findLogger();
-    if (logger != nullptr) {
-        logger->log(nvinfer1::ILogger::Severity::kERROR, line);
-    } else {
-        std::fprintf(stderr, "%s\n", line);
-    }
+    logError(line);
     return -1;
 }
 

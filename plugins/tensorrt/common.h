@@ -12,8 +12,9 @@
 
 namespace mxc::trt {
 
-// TensorRT gives its logger through this when it loads the library; without one errors go to stderr.
-void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept;
+// TensorRT gives the way to its logger (an nvinfer1::ILoggerFinder) when it loads the library; without one errors go to
+// stderr.
+void setLoggerFinder(void* finder) noexcept;
 
 // Whether plugins tell TensorRT, while an engine is built, that a present state lives where the past one does. Off
 // until asked for: TensorRT-RTX 1.7 refuses to build such a plugin unless the builder allows aliased plugin I/O,

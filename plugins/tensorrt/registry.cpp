@@ -7,7 +7,7 @@
 
 #define MXC_EXPORT extern "C" __attribute__((visibility("default")))
 
-MXC_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { mxc::trt::setLoggerFinder(finder); }
+MXC_EXPORT void setLoggerFinder(void* finder) { mxc::trt::setLoggerFinder(finder); }
 
 MXC_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
     static mxc::trt::Creator<mxc::trt::LinearAttentionPlugin> linear_attention("LinearAttention");
