@@ -22,6 +22,7 @@ VERBS = {
     "inspect": "Describe an engine directory, a checkpoint or an ONNX file.",
     "export": "Write the canonical ONNX graph of a checkpoint or a preset.",
     "checkpoint": "Create or verify a checkpoint.",
+    "plan": "Say what a model needs on several GPUs, and what fits.",
     "doctor": "Say what this machine can build and run.",
     "plugins": "Build or list the CUDA kernels and the TensorRT plugin library.",
 }

@@ -168,7 +168,7 @@ def _print(report: dict[str, Any], batch: int) -> None:
         ],
     )
     print_table(
-        "Decode step, lower bounds",
+        "Decode step, lower bounds, where it fits",
         ("GPU", "weights are", "context", "batch", "memory ms", "arithmetic ms", "tokens/s", "bound by"),
         [
             (

@@ -1,0 +1,1 @@
+"""Tensor and expert parallelism: which rank holds what, each rank's weights, and each rank's graph."""

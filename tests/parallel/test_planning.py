@@ -1,0 +1,173 @@
+"""Memory plans and rooflines against the published figures and an independent computation (reference: facts, section 8)."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+
+import pytest
+from click.testing import CliRunner
+
+from export.parallel.mapping import ParallelMapping
+from export.parallel.plan import ShardingPlan
+from model_defs.presets import preset
+from mxcompile.cli.plan import command
+from mxcompile.errors import MxcompileError
+from mxcompile.planning.gpus import gpu
+from mxcompile.planning.memory import SCHEMES, Demand, WeightScheme, fit, parse_tokens, rank_memory, weight_bytes
+from mxcompile.planning.roofline import decode, matmul_flops, prefill, softmax_flops, touched_experts
+
+PLAN = ShardingPlan(preset("text-01"), ParallelMapping.of(8, moe_ep_size=8))
+K, M = 1024, 1024**2
+# The reference prints three digits and splits norms and routers, 0.03 GB, over the ranks where we count them on each.
+GB_TOLERANCE = 0.1
+# Three printed digits.
+DIGITS = 0.005
+
+
+@pytest.mark.parametrize(
+    ("scheme", "total", "per_gpu"),
+    [
+        ("bf16", 912.2, 114.0),
+        ("int8-experts", 477.3, 59.7),
+        ("int8", 458.6, 57.3),
+        ("int4-experts", 247.9, 31.0),
+        ("int4", 238.8, 29.9),
+    ],
+)
+def test_weight_bytes(scheme: str, total: float, per_gpu: float) -> None:
+    whole = ShardingPlan(preset("text-01"), ParallelMapping())
+    assert weight_bytes(whole, SCHEMES[scheme], 0) / 1e9 == pytest.approx(total, abs=GB_TOLERANCE)
+    assert weight_bytes(PLAN, SCHEMES[scheme], 0) / 1e9 == pytest.approx(per_gpu, abs=GB_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "context", "cache_bytes", "expected"),
+    [
+        ("int8-experts", 128 * K, 2, 60.4),
+        ("int8-experts", M, 2, 65.1),
+        ("int8-experts", 4 * M, 1, 70.4),
+        ("int8", M, 2, 62.7),
+        ("int4-experts", 4 * M, 2, 52.5),
+        ("int4-experts", 128 * K, 1, 31.4),
+    ],
+)
+def test_memory_per_gpu(scheme: str, context: int, cache_bytes: int, expected: float) -> None:
+    memory = rank_memory(PLAN, Demand(SCHEMES[scheme], context, cache_bytes=cache_bytes))
+    assert memory.data / 1e9 == pytest.approx(expected, abs=GB_TOLERANCE)
+
+
+@pytest.mark.parametrize(("scheme", "longest"), [("int8-experts", 4.4e6), ("int8", 4.9e6), ("int4-experts", 10.0e6)])
+def test_longest_context_on_h20(scheme: str, longest: float) -> None:
+    found = fit(PLAN, Demand(SCHEMES[scheme], M), gpu("h20"))
+    assert found.fits
+    assert found.longest_context == pytest.approx(longest, abs=0.06e6)
+
+
+def test_bf16_fits_eight_h200_but_not_eight_h20() -> None:
+    demand = Demand(SCHEMES["bf16"], M)
+    h20, h200 = fit(PLAN, demand, gpu("h20")), fit(PLAN, demand, gpu("h200"))
+    assert not h20.fits
+    assert "weights alone are 114.1 GB" in h20.reason
+    assert "take 16 such GPUs" in h20.reason
+    assert h200.fits
+    too_long = fit(PLAN, Demand(SCHEMES["bf16"], 4 * M), gpu("h200"))
+    assert not too_long.fits
+    assert "1.6M tokens" in too_long.reason
+
+
+def test_the_longest_context_is_the_last_that_fits() -> None:
+    demand = Demand(SCHEMES["int8"], K, batch=3)
+    longest = fit(PLAN, demand, gpu("h20")).longest_context
+    assert fit(PLAN, Demand(SCHEMES["int8"], longest, batch=3), gpu("h20")).fits
+    assert not fit(PLAN, Demand(SCHEMES["int8"], longest + 1, batch=3), gpu("h20")).fits
+
+
+def test_flops_of_a_token() -> None:
+    config = preset("text-01")
+    assert matmul_flops(config) / 1e9 == pytest.approx(91.89, rel=DIGITS)
+    assert softmax_flops(config, 1) == 327_680
+    # where the softmax core equals all matrix products
+    assert matmul_flops(config) / softmax_flops(config, 1) == pytest.approx(280_416, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("context", "pflop", "share"),
+    [(4 * K, 0.383, 0.007), (128 * K, 14.97, 0.188), (M, 277.4, 0.649), (4 * M, 3271, 0.881)],
+)
+def test_prefill_flops(context: int, pflop: float, share: float) -> None:
+    found = prefill(PLAN, gpu("h20"), context)
+    assert found.flops / 1e15 == pytest.approx(pflop, rel=DIGITS)
+    assert found.softmax_share == pytest.approx(share, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("context", "full", "three_quarters"), [(8 * K, 0.65, 0.87), (128 * K, 12.7, 16.9), (M, 234, 312)]
+)
+def test_prefill_bound_on_h20(context: int, full: float, three_quarters: float) -> None:
+    found = prefill(PLAN, gpu("h20"), context)
+    assert found.seconds == pytest.approx(full, rel=0.01)
+    assert found.at(0.75) == pytest.approx(three_quarters, rel=0.01)
+
+
+def test_prefill_bound_on_hopper_of_full_rate() -> None:
+    assert prefill(PLAN, gpu("h100"), M).seconds == pytest.approx(35, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "rate"),
+    [
+        (1, 4 * K, 668),
+        (32, 4 * K, 2416),
+        (128, 4 * K, 7429),
+        (256, 4 * K, 12326),
+        (32, 128 * K, 32 / 18.5e-3),
+        (1, M, 1 / 2.83e-3),
+    ],
+)
+def test_decode_bound_on_h20(batch: int, context: int, rate: float) -> None:
+    # The reference counts one byte for every weight, lm_head included.
+    bytes_each = WeightScheme("all", "", Fraction(1), Fraction(1), Fraction(1))
+    assert decode(PLAN, gpu("h20"), bytes_each, batch, context).tokens_per_second == pytest.approx(rate, rel=0.01)
+
+
+def test_large_batches_on_h20_are_bound_by_arithmetic() -> None:
+    assert decode(PLAN, gpu("h20"), SCHEMES["int8"], 256, 4 * K).bound == "arithmetic"
+    assert decode(PLAN, gpu("h200"), SCHEMES["int8"], 256, 4 * K).bound == "memory"
+
+
+@pytest.mark.parametrize(("batch", "experts"), [(8, 12.9), (32, 27.9), (128, 32.0)])
+def test_touched_experts(batch: int, experts: float) -> None:
+    assert touched_experts(preset("text-01"), batch) == pytest.approx(experts, abs=0.05)
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("5000", 5000), ("128k", 131072), ("1M", 1048576), ("4m", 4194304)])
+def test_token_counts(text: str, tokens: int) -> None:
+    assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "k", "1.5M", "-3", "0", "1g"])
+def test_wrong_token_counts(text: str) -> None:
+    with pytest.raises(MxcompileError, match="number of tokens"):
+        parse_tokens(text)
+
+
+def test_command_prints_json_and_tables() -> None:
+    result = CliRunner().invoke(command, ["--moe-ep-size", "8", "--json"], catch_exceptions=False)
+    report = json.loads(result.stdout)
+    assert report["parameters"]["total"] == 456_089_655_296
+    assert sum(report["parameters"]["per_rank"]) - report["parameters"]["copies"] == 456_089_655_296
+    assert {(row["gpu"], row["scheme"]) for row in report["fits"]} == {
+        (g, s) for g in ("h20", "h100", "h200") for s in SCHEMES
+    }
+    # no bound for what does not fit
+    assert not any(row["gpu"] == "h20" and row["scheme"] == "bf16" for row in report["decode"])
+    table = CliRunner().invoke(command, ["--gpu", "h20", "--weights", "int8"], catch_exceptions=False).stdout
+    assert "456,089,655,296" in table
+    assert "Assumptions:" in table
+
+
+def test_command_reads_the_configuration_of_a_checkpoint(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    result = CliRunner().invoke(command, [str(tmp_path / "nowhere"), "--json"])
+    assert result.exception is not None
+    assert getattr(result.exception, "exit_code", None) == 2
