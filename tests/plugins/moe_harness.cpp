@@ -1,0 +1,100 @@
+// A C interface over the planner, the launcher's checks and the emulated kernels; built by tests/plugins/moe_host.py
+// with an ordinary C++ compiler.
+#include <cstdarg>
+#include <cstdio>
+
+#include "moe/checks.h"
+#include "moe/run.cuh"
+
+namespace {
+
+thread_local char text[512] = "";
+
+struct EmulatedRunner {
+    int schedule;
+    template <class Kernel>
+    mxc::Status run(unsigned grid, const typename Kernel::Args& args) {
+        try {
+            mxc::emu::launch<Kernel>(grid, args, schedule);
+        } catch (const std::exception& error) {
+            return mxc::fail(mxc::Status::kCuda, "%s", error.what());
+        }
+        return mxc::Status::kOk;
+    }
+    mxc::Status sm90(const mxc::MoeArgs&) { return mxc::fail(mxc::Status::kUnsupported, "not emulated"); }
+};
+
+}  // namespace
+
+namespace mxc {
+
+const char* lastError() noexcept { return text; }
+
+Status fail(Status status, const char* format, ...) noexcept {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    return status;
+}
+
+}  // namespace mxc
+
+extern "C" {
+
+const char* host_last_error() { return text; }
+size_t host_params_bytes() { return sizeof(mxc::MoeParams); }
+
+// path, pieces, piece_tokens, small_route
+void host_plan(int tokens, int experts, int top_k, int int8, int bfloat16, int capability, int sm90, int* out4) {
+    mxc::MoeShape shape;
+    shape.tokens = tokens;
+    shape.experts = experts;
+    shape.top_k = top_k;
+    shape.int8_weights = int8 != 0;
+    shape.bfloat16 = bfloat16 != 0;
+    const mxc::MoePlan plan = mxc::planMoe(shape, capability, sm90 != 0);
+    out4[0] = static_cast<int>(plan.path);
+    out4[1] = plan.pieces;
+    out4[2] = plan.piece_tokens;
+    out4[3] = plan.small_route ? 1 : 0;
+}
+
+size_t host_workspace(const mxc::MoeParams* params) { return mxc::moeWorkspaceBytes(*params); }
+
+// As launchMoe up to the kernels, for a GPU of this capability.
+int host_check(const mxc::MoeParams* params, int capability) {
+    mxc::Status status = mxc::checkMoeShape(*params);
+    if (status == mxc::Status::kOk) status = mxc::checkMoePointers(*params);
+    if (status != mxc::Status::kOk || params->tokens == 0) return static_cast<int>(status);
+    mxc::MoePlan plan;
+    return static_cast<int>(mxc::chooseMoePlan(*params, mxc::moeEnvironment(), capability, plan));
+}
+
+// As launchMoe, on the CPU.
+int host_moe(const mxc::MoeParams* params, int schedule) {
+    mxc::Status status = mxc::checkMoeShape(*params);
+    if (status == mxc::Status::kOk) status = mxc::checkMoePointers(*params);
+    if (status != mxc::Status::kOk || params->tokens == 0) return static_cast<int>(status);
+    mxc::MoePlan plan;
+    status = mxc::chooseMoePlan(*params, mxc::moeEnvironment(), 90, plan);
+    if (status != mxc::Status::kOk) return static_cast<int>(status);
+    EmulatedRunner runner{schedule};
+    return static_cast<int>(mxc::runMoe(*params, plan, runner));
+}
+
+// Router and sort alone. The arrays are as in moe_args.h.
+int host_route(const mxc::MoeParams* params, int small, int schedule, float* pair_weight, int* pair_expert,
+               int* pair_row, int* row_token, int* offsets) {
+    const mxc::Status status = mxc::checkMoeShape(*params);
+    if (status != mxc::Status::kOk) return static_cast<int>(status);
+    mxc::MoeArgs args = mxc::moePieceArgs(*params, 0, params->tokens, false);
+    args.pair_weight = pair_weight;
+    args.pair_expert = pair_expert;
+    args.pair_row = pair_row;
+    args.row_token = row_token;
+    args.offsets = offsets;
+    EmulatedRunner runner{schedule};
+    return static_cast<int>(mxc::runMoeRoute(args, small != 0, runner));
+}
+}
