@@ -34,29 +34,35 @@ import onnx.parser
 import onnxruntime as ort
 
 Run = Callable[[], Any]
+HERE = Path(__file__).resolve()
 HEADER = '<ir_version: 11, opset_import: ["" : 24, "com.microsoft" : 1]>\n'
 
 
-def session(text: str, threads: int, initializers: dict[str, np.ndarray] | None = None, **config: str):
-    """Load a graph written in ONNX text; initializers are bound without a copy."""
+def session(
+    text: str, threads: int, initializers: dict[str, np.ndarray] | None = None, *, copy: bool = False, **config: str
+):
+    """Load a graph written in ONNX text. Initializers are used where they lie, or through the API that copies them."""
     model = onnx.parser.parse_model(HEADER + text)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    # The file that external weights seem to lie in must exist; its content does not matter.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(HERE.parent))
     for key, value in config.items():
         options.add_session_config_entry(key.replace("__", "."), value)
-    keep = []
-    if initializers:
-        for name, array in initializers.items():
-            tensor = model.graph.initializer.add(name=name, data_type=1, dims=array.shape)
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-            tensor.external_data.add(key="location", value="absent.bin")
-        values = [ort.OrtValue.ortvalue_from_numpy(a) for a in initializers.values()]
-        options.add_external_initializers(list(initializers), values)
-        keep = [values, initializers]
+    values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in (initializers or {}).items()}
+    for name, array in (initializers or {}).items():
+        tensor = model.graph.initializer.add(name=name, data_type=1, dims=array.shape)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, text_value in (("location", HERE.name), ("offset", "0"), ("length", "0")):
+            tensor.external_data.add(key=key, value=text_value)
+        if not copy:
+            options.add_initializer(name, values[name])
+    if copy:
+        options.add_external_initializers(list(values), list(values.values()))
     loaded = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return loaded, keep
+    return loaded, (values, initializers)
 
 
 def bound(loaded, feeds: dict[str, np.ndarray], in_place: dict[str, str] | None = None) -> Run:
@@ -121,13 +127,6 @@ ATTENTION_4D = """g (float[B,T,Q] q, float[B,T,N] k, float[B,T,N] v, float[B,G,S
   y = Reshape(y4, ys)
 }}"""
 
-ATTENTION_3D = """g (float[B,T,Q] q, float[B,T,N] k, float[B,T,N] v, float[B,S,N] pk, float[B,S,N] pv,
-  int64[B] past, int64[B] total) => (float[B,S,N] nk, float[B,S,N] nv, float[B,T,Q] y) {{
-  nk = TensorScatter<axis = 1>(pk, k, past)
-  nv = TensorScatter<axis = 1>(pv, v, past)
-  y = Attention<is_causal = 1, q_num_heads = {H}, kv_num_heads = {G}>(q, nk, nv, , , , total)
-}}"""
-
 GROUP_QUERY = """g (float[B,T,Q] q, float[B,T,N] k, float[B,T,N] v, float[B,G,S,K] pk, float[B,G,S,K] pv,
   int32[B] last, int32 longest) => (float[B,G,S,K] nk, float[B,G,S,K] nv, float[B,T,Q] y) {{
   y, nk, nv = com.microsoft.GroupQueryAttention<num_heads = {H}, kv_num_heads = {G}>(q, k, v, pk, pv, last, longest)
@@ -141,7 +140,6 @@ def attention_cases(threads: int, seconds: float):
         sizes = {"H": heads, "G": groups, "K": dim, "Q": heads * dim}
         loaded = {
             "attention_4d": session(ATTENTION_4D.format(**sizes), threads),
-            "attention_3d": session(ATTENTION_3D.format(**sizes), threads),
             "group_query": session(GROUP_QUERY.format(**sizes), threads),
         }
         for batch, tokens, capacity, past in (
@@ -164,14 +162,12 @@ def attention_cases(threads: int, seconds: float):
             k = rng.standard_normal((batch, tokens, groups * dim), dtype=np.float32)
             v = rng.standard_normal((batch, tokens, groups * dim), dtype=np.float32)
             cache = rng.standard_normal((2, batch, groups, capacity, dim), dtype=np.float32)
-            flat = np.ascontiguousarray(cache.transpose(0, 1, 3, 2, 4)).reshape(2, batch, capacity, groups * dim)
             lengths = np.full(batch, past, np.int64)
             common = {"q": q, "k": k, "v": v}
             standard = {"past": lengths, "total": lengths + tokens}
             own = {"last": (lengths + tokens - 1).astype(np.int32), "longest": np.array(past + tokens, np.int32)}
             feeds = {
                 "attention_4d": common | standard | {"pk": cache[0].copy(), "pv": cache[1].copy()},
-                "attention_3d": common | standard | {"pk": flat[0].copy(), "pv": flat[1].copy()},
                 "group_query": common | own | {"pk": cache[0].copy(), "pv": cache[1].copy()},
             }
             case = {"heads": heads, "kv_heads": groups, "dim": dim, "B": batch, "T": tokens, "S": capacity}
@@ -386,8 +382,10 @@ def moe_cases(threads: int, seconds: float):
 
 # ------------------------------------------------------------------------------------------- linear
 
+# Folding the transpose needs the weight's bytes while the graph is read, so that form cannot do without the copy.
+FOLDED = "matmul_of_transpose"
 LINEAR = {
-    "matmul_of_transpose": "wt = Transpose<perm = [1, 0]>(w)  y = MatMul(x, wt)",
+    FOLDED: "wt = Transpose<perm = [1, 0]>(w)  y = MatMul(x, wt)",
     "fused_matmul": "y = com.microsoft.FusedMatMul<transB = 1>(x, w)",
     "gemm": "y = Gemm<transB = 1>(x, w)",
 }
@@ -401,7 +399,7 @@ def linear_cases(threads: int, seconds: float):
     rng = np.random.default_rng(3)
     for inputs, outputs in ((384, 1536), (384, 512), (512, 384), (384, 16384), (6144, 3072)):
         w = rng.standard_normal((outputs, inputs), dtype=np.float32) * inputs**-0.5
-        loaded = {n: session(linear_text(n), threads, {"w": w}) for n in LINEAR}
+        loaded = {n: session(linear_text(n), threads, {"w": w}, copy=n == FOLDED) for n in LINEAR}
         for form in ("fused_matmul", "gemm"):
             loaded[f"{form}_unpacked"] = session(linear_text(form), threads, {"w": w}, session__disable_prepacking="1")
         for tokens in (1, 4, 8, 64, 256):
@@ -431,16 +429,18 @@ def memory_probe(form: str) -> None:
         file.truncate(4 * experts * 2 * inner * hidden)
         array = np.memmap(file.name, np.float32, "r", shape=(experts, 2 * inner, hidden))
         before = rss()
+        copy = form.endswith("_copied") or form == FOLDED
+        form = form.removesuffix("_copied")
         config = {"session__disable_prepacking": "1"} if form.endswith("_unpacked") else {}
         form = form.removesuffix("_unpacked")
         if form == "moe":
-            w2 = np.zeros((experts, hidden, inner), np.float32)
+            w2 = np.ones((experts, hidden, inner), np.float32)
             before = rss()
-            loaded = session(MOE_OP.format(), 1, {"w1": array, "w2": w2}, **config)
+            loaded = session(MOE_OP.format(), 1, {"w1": array, "w2": w2}, copy=copy, **config)
             feeds = {"x": np.ones((4, hidden), np.float32), "r": np.ones((4, experts), np.float32)}
         else:
             flat = array.reshape(-1, hidden)
-            loaded = session(linear_text(form), 1, {"w": flat}, **config)
+            loaded = session(linear_text(form), 1, {"w": flat}, copy=copy, **config)
             feeds = {"x": np.ones((1, hidden), np.float32)}
         bound(loaded, feeds)()
         after = rss()
@@ -448,7 +448,8 @@ def memory_probe(form: str) -> None:
 
 
 def memory_cases(_threads: int, _seconds: float):
-    for form in (*LINEAR, "fused_matmul_unpacked", "gemm_unpacked", "moe", "moe_unpacked"):
+    more = ("fused_matmul_copied", "fused_matmul_unpacked_copied", "fused_matmul_unpacked", "gemm_unpacked", "moe")
+    for form in (*LINEAR, *more):
         command = [sys.executable, __file__, "--memory-probe", form]
         result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         yield {"form": form}, {k: round(v / 2**20) for k, v in result.items()}

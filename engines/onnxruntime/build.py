@@ -108,7 +108,7 @@ def _place_weights(
         if tensor is None:
             raise EngineError(f"weight {value.name} has no bytes; bind the graph to a checkpoint before building")
         dtype = _dtype(value.name or "", tensor)
-        inside = _inside_checkpoint(tensor, root)
+        inside = _inside_checkpoint(tensor, root) if not _may_be_folded(value) else None
         if inside is not None and root is not None:
             if inside not in index:
                 index[inside] = len(files)
@@ -164,6 +164,19 @@ def _dtype(name: str, tensor: Any) -> str:
     if dtype not in DTYPES:
         raise EngineError(f"weight {name} is {dtype}, which ONNX Runtime's CPU kernels do not take; build with float32")
     return dtype
+
+
+def _may_be_folded(value: ir.Value) -> bool:
+    """Whether ONNX Runtime could compute a user of this weight while it loads the graph.
+
+    It would look for the bytes where the graph file says, and for a weight in the checkpoint that is a placeholder.
+    """
+    return any(all(_is_constant(other) for other in usage.node.inputs) for usage in value.uses())
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    producer = value.producer() if value is not None else None
+    return value is None or value.is_initializer() or (producer is not None and producer.op_type == "Constant")
 
 
 def _inside_checkpoint(tensor: Any, root: Path | None) -> str | None:

@@ -18,7 +18,7 @@ import onnxruntime as ort
 from engines.config import EngineConfig
 from engines.directory import read_config, verify_files
 from engines.errors import ENVIRONMENT, EngineError
-from engines.interface import Positions, StepResult
+from engines.interface import Positions, State, StepResult
 from engines.onnxruntime.plan import Run, plan
 from engines.onnxruntime.state import OrtState
 from engines.onnxruntime.weights import map_weights
@@ -108,7 +108,8 @@ class OrtSession:
             )
         return OrtState(self._config, batch_size)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], state: OrtState, chunk: int | None = None) -> np.ndarray:
+    def prefill(self, prompts: Sequence[Sequence[int]], state: State, chunk: int | None = None) -> np.ndarray:
+        state = self._own(state)
         chunk = self._config.limits.prefill_chunk if chunk is None else chunk
         if chunk < 1:
             raise EngineError(f"the prefill chunk must be at least 1 token, not {chunk}")
@@ -136,7 +137,8 @@ class OrtSession:
                     logits_BN[run.first : run.end][ends_R] = logits_RPN[ends_R, 0]
         return logits_BN
 
-    def decode(self, tokens_B: np.ndarray | Sequence[int], state: OrtState) -> np.ndarray:
+    def decode(self, tokens_B: np.ndarray | Sequence[int], state: State) -> np.ndarray:
+        state = self._own(state)
         tokens_B = np.asarray(tokens_B)
         if tokens_B.shape != (state.batch_size,):
             raise EngineError(f"decode takes one token for each of the {state.batch_size} rows, not {tokens_B.shape}")
@@ -154,10 +156,11 @@ class OrtSession:
         self,
         ids_BT: np.ndarray,
         new_lengths_B: np.ndarray | Sequence[int],
-        state: OrtState,
+        state: State,
         positions: Positions = "last",
         taps: bool = False,
     ) -> StepResult:
+        state = self._own(state)
         ids_BT, new_B = np.asarray(ids_BT), np.asarray(new_lengths_B, np.int64)
         if ids_BT.ndim != 2 or len(ids_BT) != state.batch_size or new_B.shape != (state.batch_size,):
             raise EngineError(
@@ -188,6 +191,11 @@ class OrtSession:
                 valid_RT = valid_BT[here, : run.tokens]
                 out[here, : run.tokens][valid_RT] = tap_RT[valid_RT]
         return StepResult(logits_BPN, outputs)
+
+    def _own(self, state: State) -> OrtState:
+        if not isinstance(state, OrtState) or state.config is not self._config:
+            raise EngineError("the state was made by another session; make one with this session's new_state")
+        return state
 
     def _check_ids(self, ids: np.ndarray) -> None:
         if not np.issubdtype(ids.dtype, np.integer) and ids.size:
@@ -259,7 +267,7 @@ class OrtSession:
 
     def _single_step(self, state: OrtState, rows: tuple[int, int]) -> _SingleStep:
         step = state.steps.get(rows)
-        if not isinstance(step, _SingleStep) or step.owner is not self:
+        if not isinstance(step, _SingleStep):
             step = state.steps[rows] = _SingleStep(self, state, rows)
         return step
 
@@ -305,7 +313,7 @@ class _SingleStep:
 
     def __init__(self, owner: OrtSession, state: OrtState, rows: tuple[int, int]) -> None:
         count = rows[1] - rows[0]
-        self.owner, self.rows = owner, rows
+        self.rows = rows
         self.ids_RT = np.zeros((count, 1), np.int64)
         self.new_R, self.past_R = np.zeros(count, np.int64), np.zeros(count, np.int64)
         self.logits_RPN = np.zeros((count, 1, owner.vocab_size), np.float32)

@@ -25,7 +25,7 @@ class OrtState:
     """What `batch_size` sequences remember; made by `OrtSession.new_state`. See `engines.interface.State`."""
 
     def __init__(self, config: EngineConfig, batch_size: int) -> None:
-        self._config = config
+        self.config = config
         self._lengths = np.zeros(batch_size, np.int64)
         self._capacity = min(FIRST_CAPACITY, self.capacity_limit)
         self._buffers = {spec.past: self._allocate(spec) for spec in config.states}
@@ -55,7 +55,7 @@ class OrtState:
     @property
     def capacity_limit(self) -> int:
         """One more than the longest row: an idle row at its limit still gets a key written behind its end."""
-        return self._config.limits.max_seq_len + 1
+        return self.config.limits.max_seq_len + 1
 
     @property
     def nbytes(self) -> int:
@@ -71,11 +71,11 @@ class OrtState:
             return
         if tokens > self.capacity_limit:
             raise EngineError(
-                f"a row of {tokens} tokens exceeds the engine's max_seq_len {self._config.limits.max_seq_len}"
+                f"a row of {tokens} tokens exceeds the engine's max_seq_len {self.config.limits.max_seq_len}"
             )
         self._capacity = min(max(tokens, 2 * self._capacity), self.capacity_limit)
         used = int(self._lengths.max(initial=0))
-        for spec in self._config.states:
+        for spec in self.config.states:
             if spec.kind == "softmax":
                 old = self._buffers.pop(spec.past)
                 new = self._allocate(spec)
@@ -110,18 +110,18 @@ class OrtState:
         row = self._row(row)
         length = int(self._lengths[row])
         parts: dict[str, dict[int, np.ndarray]] = {"recurrent_state": {}, "key": {}, "value": {}}
-        for spec in self._config.states:
+        for spec in self.config.states:
             buffer = self._buffers[spec.past][row]
             parts[spec.role][spec.layer] = (buffer if spec.kind == "lightning" else buffer[:, :length]).copy()
         return RowSnapshot(length, parts["recurrent_state"], parts["key"], parts["value"])
 
     def write_row(self, row: int, snapshot: RowSnapshot) -> None:
         row = self._row(row)
-        limit = self._config.limits.max_seq_len
+        limit = self.config.limits.max_seq_len
         if not 0 <= snapshot.length <= limit:
             raise EngineError(f"the snapshot holds {snapshot.length} tokens, the engine's max_seq_len is {limit}")
         parts = {"recurrent_state": snapshot.recurrent, "key": snapshot.key, "value": snapshot.value}
-        for spec in self._config.states:
+        for spec in self.config.states:
             dims = [dim if isinstance(dim, int) else snapshot.length for dim in spec.dims[1:]]
             array = parts[spec.role].get(spec.layer)
             if array is None or list(array.shape) != dims:
@@ -130,14 +130,14 @@ class OrtState:
                     f"the snapshot's {spec.role} of layer {spec.layer} is {found}, this engine needs {dims}"
                 )
         self.reserve(snapshot.length)
-        for spec in self._config.states:
+        for spec in self.config.states:
             target = self._buffers[spec.past][row]
             (target if spec.kind == "lightning" else target[:, : snapshot.length])[...] = parts[spec.role][spec.layer]
         self._lengths[row] = snapshot.length
 
     def clear_row(self, row: int) -> None:
         row = self._row(row)
-        for spec in self._config.states:
+        for spec in self.config.states:
             if spec.kind == "lightning":  # what a cache holds beyond a row's length is never read
                 self._buffers[spec.past][row] = 0
         self._lengths[row] = 0
@@ -154,7 +154,7 @@ class OrtState:
         raise EngineError(f"layer {layer} has no {role} in this engine")
 
     def _of_layer(self, layer: int) -> Iterable[StateTensor]:
-        return (spec for spec in self._config.states if spec.layer == layer)
+        return (spec for spec in self.config.states if spec.layer == layer)
 
     def _cache(self, layer: int, role: str) -> np.ndarray:
         out = self._buffer(layer, role)[:, :, : int(self._lengths.max(initial=0))].copy()

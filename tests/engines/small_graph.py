@@ -121,7 +121,10 @@ def _softmax(layer: int, x: str) -> str:
             f"  {l}_{name}4 = Reshape({l}_{name}p, {l}_{name}s)",
             f"  {l}_{name}h = Transpose<perm = [0, 2, 1, 3]>({l}_{name}4)",
         ]
-    return "\n" + "\n".join(lines) + f"""
+    return (
+        "\n"
+        + "\n".join(lines)
+        + f"""
   {l}_qr = RotaryEmbedding<rotary_embedding_dim = {ROTARY}>({l}_qh, cos, sin)
   {l}_kr = RotaryEmbedding<rotary_embedding_dim = {ROTARY}>({l}_kh, cos, sin)
   present__{layer}__key = TensorScatter<axis = 2>(past_key_values__{layer}__key, {l}_kr, past_lengths)
@@ -135,6 +138,7 @@ def _softmax(layer: int, x: str) -> str:
   {l}_u = MatMul({l}_aj, {l}_outt)
   {l}_ha = Mul({l}_h, alpha)
   {l}_x1 = Add({l}_ha, {l}_u)"""
+    )
 
 
 def graph_text() -> str:
@@ -185,7 +189,9 @@ TAPS = tuple(f"l{layer}_{what}" for layer in range(len(KINDS)) for what in ("x",
 
 def interleaved(weights: dict[str, np.ndarray], layer: int) -> np.ndarray:
     """Gate and up rows alternating, [E, 2I, D]."""
-    pairs = [np.stack([weights[f"l{layer}.w1.{e}"], weights[f"l{layer}.w3.{e}"]], 1).reshape(2 * I, D) for e in range(E)]
+    pairs = [
+        np.stack([weights[f"l{layer}.w1.{e}"], weights[f"l{layer}.w3.{e}"]], 1).reshape(2 * I, D) for e in range(E)
+    ]
     return np.stack(pairs)
 
 
@@ -216,7 +222,9 @@ def model(weights: dict[str, np.ndarray], checkpoint: Path | None = None) -> ir.
         if checkpoint is not None:
             offset, length = places[name]
             path = str(checkpoint / "weights.dat")
-            tensors[name] = ir.ExternalTensor(path, offset, length, ir.DataType.FLOAT, shape=ir.Shape(array.shape), name=name)
+            tensors[name] = ir.ExternalTensor(
+                path, offset, length, ir.DataType.FLOAT, shape=ir.Shape(array.shape), name=name
+            )
         else:
             tensors[name] = ir.tensor(array, name=name)
     for layer in range(len(KINDS)):

@@ -20,10 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_graph import KINDS, N, Sequence64
 
-from engines import load
 from engines.errors import EngineError
 from engines.interface import Session, State
-from engines.onnxruntime.session import OrtSession
+from engines.onnxruntime.session import OrtSession, load
 from engines.onnxruntime.state import FIRST_CAPACITY
 
 LOGITS, STATES, SAFE_GAP = 2e-4, 1e-4, 1e-4
@@ -31,7 +30,7 @@ LOGITS, STATES, SAFE_GAP = 2e-4, 1e-4, 1e-4
 
 @pytest.fixture(scope="module")
 def session(small_engine: SmallEngine) -> OrtSession:
-    return load(small_engine.path, threads=2)  # type: ignore[return-value]
+    return load(small_engine.path, threads=2)
 
 
 @lru_cache(maxsize=64)
@@ -229,7 +228,9 @@ def test_a_full_row_does_not_stop_the_others(session: OrtSession) -> None:
     assert np.abs(found[1, 0] - logits[20]).max() < LOGITS
     session.prefill([[], tokens[21:30]], state, chunk=4)
     assert content(state, 0) == before
-    with pytest.raises(EngineError, match=f"row 0 holds {MAX_SEQ_LEN} tokens and gets 1 more.*max_seq_len {MAX_SEQ_LEN}"):
+    with pytest.raises(
+        EngineError, match=f"row 0 holds {MAX_SEQ_LEN} tokens and gets 1 more.*max_seq_len {MAX_SEQ_LEN}"
+    ):
         session.decode(tokens[:2], state)
     assert state.lengths.tolist() == [MAX_SEQ_LEN, 30]
 
@@ -285,6 +286,7 @@ def _bad_calls() -> Iterator[tuple]:
     yield "forward takes ids", lambda s, state: s.forward(np.zeros((3, 3), int), [1, 1, 1], state)
     yield "positions must lie", lambda s, state: s.forward(np.zeros((2, 3), int), [1, 1], state, np.array([[3], [0]]))
     yield "positions must be", lambda s, state: s.forward(np.zeros((2, 3), int), [1, 1], state, "first")
+    yield "another session", lambda s, state: s.decode([1, 2], object())
     yield "max_batch_size", lambda s, state: s.new_state(7)
     yield "max_batch_size", lambda s, state: s.new_state(0)
     yield "row 2 does not exist", lambda s, state: state.clear_row(2)
