@@ -1,0 +1,96 @@
+// A C interface over the planner, the launchers' checks and the emulated kernels; built by
+// tests/plugins/lightning_host.py with an ordinary C++ compiler.
+#include <cstdarg>
+#include <cstdio>
+
+#include "lightning/checks.h"
+#include "lightning/dispatch.cuh"
+
+namespace {
+
+thread_local char text[512] = "";
+
+struct EmulatedRunner {
+    int schedule;
+    template <class Kernel>
+    mxc::Status run(unsigned grid, const typename Kernel::Args& args) {
+        try {
+            mxc::emu::launch<Kernel>(grid, args, schedule);
+        } catch (const std::exception& error) {
+            return mxc::fail(mxc::Status::kCuda, "%s", error.what());
+        }
+        return mxc::Status::kOk;
+    }
+};
+
+}  // namespace
+
+namespace mxc {
+
+const char* lastError() noexcept { return text; }
+
+Status fail(Status status, const char* format, ...) noexcept {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    return status;
+}
+
+}  // namespace mxc
+
+extern "C" {
+
+const char* host_last_error() { return text; }
+
+void host_plan(int batch, int tokens, int heads, int head_dim, int sm_count, int capability, int* out4) {
+    const mxc::LightningPlan plan = mxc::planLightningPrefill(batch, tokens, heads, head_dim, sm_count, capability);
+    out4[0] = plan.kernel;
+    out4[1] = plan.value_splits;
+    out4[2] = plan.segments;
+    out4[3] = plan.segment_chunks;
+}
+
+size_t host_workspace(const int* plan4, int batch, int heads, int head_dim) {
+    return mxc::lightningWorkspaceBytes({plan4[0], plan4[1], plan4[2], plan4[3]}, batch, heads, head_dim);
+}
+
+size_t host_max_workspace(int batch, int tokens, int heads, int head_dim, int sm_count, int capability) {
+    return mxc::lightningMaxWorkspaceBytes(batch, tokens, heads, head_dim, sm_count, capability);
+}
+
+int host_plan_decode(int batch, int heads, int head_dim, int sm_count) {
+    return mxc::planLightningDecode(batch, heads, head_dim, sm_count);
+}
+
+size_t host_params_bytes() { return sizeof(mxc::LightningParams); }
+
+int host_check(const mxc::LightningParams* params, int decode) {
+    return static_cast<int>(
+        mxc::checkLightning(*params, decode ? mxc::LightningOp::kDecode : mxc::LightningOp::kPrefill));
+}
+
+int host_check_plan(const mxc::LightningParams* params, const int* plan4, int capability) {
+    return static_cast<int>(mxc::checkLightningPlan(*params, {plan4[0], plan4[1], plan4[2], plan4[3]}, capability));
+}
+
+// As launchLightningPrefill, on the CPU.
+int host_prefill(const mxc::LightningParams* params, const int* plan4, int schedule) {
+    mxc::Status status = mxc::checkLightning(*params, mxc::LightningOp::kPrefill);
+    if (status != mxc::Status::kOk) return static_cast<int>(status);
+    EmulatedRunner runner{schedule};
+    if (params->batch == 0 || params->tokens == 0) return static_cast<int>(mxc::runNoTokens(*params, runner));
+    const mxc::LightningPlan plan{plan4[0], plan4[1], plan4[2], plan4[3]};
+    status = mxc::checkLightningPlan(*params, plan, 90);
+    if (status != mxc::Status::kOk) return static_cast<int>(status);
+    return static_cast<int>(mxc::runPrefillPortable(*params, plan, runner));
+}
+
+int host_decode(const mxc::LightningParams* params, int splits, int schedule) {
+    const mxc::Status status = mxc::checkLightning(*params, mxc::LightningOp::kDecode);
+    if (status != mxc::Status::kOk) return static_cast<int>(status);
+    EmulatedRunner runner{schedule};
+    if (params->batch == 0 || params->tokens == 0) return static_cast<int>(mxc::runNoTokens(*params, runner));
+    return static_cast<int>(mxc::runDecode(*params, splits, runner));
+}
+}
