@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from engines.config import Checkpoint as CheckpointReference
 from engines.config import EngineConfig
@@ -26,11 +26,15 @@ from mxcompile.progress import Progress, SilentProgress, Stage, StageClock
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from export.weights import Source
     from model_defs.checkpoint.reader import Checkpoint
     from model_defs.config import ModelConfig
 
-TARGETS = ("onnxruntime",)
 DTYPES = ("float32", "float16", "bfloat16")
+TARGET_DTYPES = {"onnxruntime": ("float32",)}
+"""Targets, and the types of weights and activations that each can run: ONNX Runtime's CPU kernels of the contributed
+operators (LinearAttention, MoE beside an fp32 router) take fp32.
+"""
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,11 @@ def build(
         An exception whose `exit_code` is 2 for a bad checkpoint or request, 3 for a lack of space, memory or
         libraries, 1 when the finished engine computes something that is not finite.
     """
-    _check_choice("target", target, TARGETS)
+    _check_choice("target", target, tuple(TARGET_DTYPES))
     _check_choice("dtype", dtype, DTYPES)
+    if dtype not in TARGET_DTYPES[target]:
+        known = ", ".join(TARGET_DTYPES[target])
+        raise MxcompileError(f"the target {target} runs {known}, not {dtype}; build with --dtype {known}")
     clock = StageClock(progress or SilentProgress())
     with EngineDirWriter(output, force=force) as writer:
         with clock.stage("read"):
@@ -209,7 +216,7 @@ def bound_graph(config: ModelConfig, dtype: str, checkpoint: Checkpoint) -> ir.M
     from export.weights import bind_weights
 
     model = graph(config, dtype)
-    bind_weights(model, config, checkpoint)
+    bind_weights(model, config, cast("Source", checkpoint))
     return model
 
 

@@ -105,6 +105,8 @@ def examine(folder: str | Path = ".") -> Machine:
 
 
 def _targets(machine: Machine) -> list[TargetStatus]:
+    from mxcompile.building import TARGET_DTYPES
+
     build = [name for name in _BUILD if machine.libraries[name] is None]
     capabilities = [tuple(int(part) for part in gpu.compute_capability.split(".")) for gpu in machine.gpus]
 
@@ -114,18 +116,22 @@ def _targets(machine: Machine) -> list[TargetStatus]:
     hopper = [] if (9, 0) in capabilities else ["a Hopper GPU (H20, H100, H200)"]
     ampere = [] if any(capability >= (8, 0) for capability in capabilities) else ["an NVIDIA GPU, Ampere or later"]
     compiler = [] if machine.nvcc else ["nvcc"]
-    unbuilt = ["a version of mxcompile with this target"]
+
+    def supported(target: str) -> list[str]:
+        return [] if target in TARGET_DTYPES else ["a version of mxcompile with this target"]
+
+    rtx, full = library("tensorrt_rtx"), library("tensorrt")
     return [
         TargetStatus("onnxruntime", build + library("onnxruntime"), library("onnxruntime")),
         TargetStatus(
             "tensorrt-rtx",
-            unbuilt + build + library("tensorrt_rtx") + compiler,
-            unbuilt + library("tensorrt_rtx") + ampere,
+            supported("tensorrt-rtx") + build + rtx + compiler,
+            supported("tensorrt-rtx") + rtx + ampere,
         ),
         TargetStatus(
             "tensorrt",
-            unbuilt + build + library("tensorrt") + compiler + hopper,
-            unbuilt + library("tensorrt") + hopper,
+            supported("tensorrt") + build + full + compiler + hopper,
+            supported("tensorrt") + full + hopper,
         ),
     ]
 

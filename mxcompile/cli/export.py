@@ -40,7 +40,7 @@ def command(
     from mxcompile.building import export_onnx
     from mxcompile.cli.progress_bars import progress
 
-    source = checkpoint if preset is None else named(preset)
+    source: Any = checkpoint if preset is None else named(preset)
     with progress(verbose) as shown:
         summary = export_onnx(source, output, weights=not no_weights and preset is None, progress=shown, **options)
     if as_json:

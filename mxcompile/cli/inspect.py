@@ -55,8 +55,7 @@ def _print(found: dict[str, Any]) -> None:
         rows = [(name, bytes_text(f["bytes"]), f["sha256"]) for name, f in found["files"].items()]
         print_table("Files", ("file", "size", "sha256"), rows)
     elif found["kind"] == "checkpoint":
-        rows = [(name, bytes_text(size)) for name, size in found["files"].items()]
-        print_table("Files", ("file", "size"), rows)
+        print_table("Files", ("file", "size"), [(name, bytes_text(size)) for name, size in found["files"].items()])
         for problem in found["problems"]:
             click.echo(f"problem: {problem}")
 

@@ -6,6 +6,7 @@ space, memory); 70 a fault of mxcompile itself; 130 interrupted; 143 terminated.
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ VERBS = {
     "inspect": "Describe an engine directory, a checkpoint or an ONNX file.",
     "export": "Write the canonical ONNX graph of a checkpoint or a preset.",
     "checkpoint": "Create or verify a checkpoint.",
-    "plan": "Say what a model needs on several GPUs, and what fits.",
+    "plan": "Say what a model needs on several GPUs: memory per rank, what fits and why not, and how fast it can be at "
+    "best.",
     "doctor": "Say what this machine can build and run.",
     "plugins": "Build or list the CUDA kernels and the TensorRT plugin library.",
 }
@@ -74,6 +76,8 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     _terminate_cleanly()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end a generation
     args = list(sys.argv[1:] if arguments is None else arguments)
     try:
         result: Any = cli.main(args, prog_name="mxcompile", standalone_mode=False)

@@ -95,6 +95,7 @@ sampling_options = together(
         type=click.FloatRange(min=0),
         default=0.0,
         show_default=True,
+        metavar="T",
         help="0 takes the likeliest token; above 0, tokens are drawn.",
     ),
     click.option(

@@ -40,7 +40,7 @@ def _bars() -> Iterator[Progress]:
         SpinnerColumn(finished_text="✓"),
         TextColumn("{task.description:<14}"),
         BarColumn(bar_width=30),
-        TextColumn("{task.fields[count]:>11}"),
+        TextColumn("{task.fields[share]:>4}"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
@@ -55,7 +55,7 @@ class BarProgress:
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
-        task = self._bars.add_task(name, total=total, count="")
+        task = self._bars.add_task(name, total=total, share="")
         stage = _BarStage(self._bars, task, total)
         yield stage
         self._bars.update(task, total=total or 1, completed=total or 1)
@@ -68,5 +68,5 @@ class _BarStage:
 
     def advance(self, amount: int = 1) -> None:
         self._done += amount
-        count = f"{self._done}/{self._total}" if self._total else ""
-        self._bars.update(self._task, advance=amount, count=count)
+        share = f"{min(1.0, self._done / self._total):.0%}" if self._total else ""
+        self._bars.update(self._task, advance=amount, share=share)

@@ -39,7 +39,7 @@ print("HEAVY", sorted(heavy & set(sys.modules)))
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_list_of_verbs_says_what_each_verb_says(verb):
     context = click.Context(cli)
-    assert cli.get_command(context, verb).get_short_help_str(200) == VERBS[verb].rstrip(".")
+    assert cli.get_command(context, verb).get_short_help_str(200).rstrip(".") == VERBS[verb].rstrip(".")
 
 
 def test_import_of_the_package_is_free_and_names_resolve():
@@ -220,3 +220,31 @@ def test_values_from_a_file_obey_the_option_s_range(tmp_path):
     (tmp_path / "a.toml").write_text("max_seq_len = 0")
     with pytest.raises(click.BadParameter, match="0 is not in the range"):
         cli.main(["build", "c", "-o", "out", "--config", str(tmp_path / "a.toml")], standalone_mode=False)
+
+
+def test_bars_show_stages_of_known_and_unknown_size(monkeypatch, capsys):
+    from mxcompile.cli.progress_bars import progress
+
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with progress(False) as shown:
+        with shown.stage("trace"):
+            pass
+        with shown.stage("bind weights", 200) as stage:
+            stage.advance(150)
+            stage.advance(50)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "trace" in err
+    assert "bind weights" in err
+    assert "100%" in err
+
+
+def test_stages_add_up_in_the_clock():
+    from mxcompile.progress import SilentProgress, StageClock
+
+    clock = StageClock(SilentProgress())
+    for name in ("read", "trace", "read"):
+        with clock.stage(name, 3) as stage:
+            stage.advance()
+    assert list(clock.seconds) == ["read", "trace"]
+    assert all(seconds >= 0 for seconds in clock.seconds.values())

@@ -237,6 +237,31 @@ def test_the_facade_builds_loads_and_generates(tiny_checkpoint, tmp_path):
     assert package.inspect(tmp_path / "e")["kind"] == "engine"
 
 
+def test_a_ragged_batch_on_an_engine_gives_each_row_what_it_gets_alone(tiny_engine):
+    """Rows finish at different times; the fp32 logits of a batch may differ in their last bits, the tokens may not."""
+    from engines.generation import GenerationConfig, generate
+
+    session = load(tiny_engine, threads=2).session
+    prompts = [[1], [2, 3, 4, 5, 6, 7, 8] * 5, [9, 10], [11] * 17]
+    configs = [
+        GenerationConfig(max_new_tokens=20, temperature=1.0, seed=3),
+        GenerationConfig(max_new_tokens=3),
+        GenerationConfig(max_new_tokens=11, repetition_penalty=1.3),
+        GenerationConfig(max_new_tokens=1),
+    ]
+    together = generate(session, prompts, configs)
+    alone = [generate(session, [prompt], config)[0] for prompt, config in zip(prompts, configs, strict=True)]
+    assert [result.tokens for result in together] == [result.tokens for result in alone]
+    assert [len(result.tokens) for result in together] == [20, 3, 11, 1]
+
+
+def test_output_survives_a_terminal_without_the_characters(mxcompile, tiny_engine):
+    done = mxcompile(
+        "run", tiny_engine, "--prompt", "x", "--max-new-tokens", 40, env=environment(PYTHONIOENCODING="ascii")
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_loading_and_running_needs_neither_torch_nor_onnx(tiny_engine):
     script = f"""
 import sys
