@@ -59,11 +59,7 @@ def load_tensorrt(flavour: str = "tensorrt-rtx") -> ModuleType:
     if flavour not in MODULES:
         raise PluginsUsageError(f"unknown TensorRT flavour {flavour!r}; give one of {', '.join(MODULES)}")
     name = MODULES[flavour]
-    if name in sys.modules:
-        if flavour == "tensorrt-rtx":
-            _require_rtx_links()
-        return sys.modules[name]
-    if importlib.util.find_spec(name) is None:
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
         raise LibraryError(f"Python module {name} is not installed; run `pip install {_WHEELS[flavour]}`")
     if flavour == "tensorrt-rtx":
         _link_rtx_libraries()
@@ -75,10 +71,15 @@ def load_tensorrt(flavour: str = "tensorrt-rtx") -> ModuleType:
 
 @functools.cache
 def _link_rtx_libraries() -> None:
+    """Loads the wheel's libraries from a folder where the parser finds the name it looks for."""
     spec = importlib.util.find_spec("tensorrt_rtx_libs")
     if spec is None or not spec.submodule_search_locations:
         return  # not from wheels: the system's loader knows the names
     origin = Path(next(iter(spec.submodule_search_locations)))
+    if (origin / _RTX_LIBRARIES[0]).exists():
+        return  # someone gave the wheel the missing name
+    if "tensorrt_rtx_libs" in sys.modules:
+        raise LibraryError("tensorrt_rtx was imported before load_tensorrt(); import it through load_tensorrt() only")
     folder = Path(tempfile.mkdtemp(prefix="mxcompile-tensorrt-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name in _RTX_LIBRARIES:
@@ -93,16 +94,6 @@ def _link_rtx_libraries() -> None:
             raise LibraryError(f"{library.name} does not load: {error}") from error
 
 
-def _require_rtx_links() -> None:
-    """Someone imported tensorrt_rtx first: good only where its parser finds the bare name."""
-    if _link_rtx_libraries.cache_info().currsize:
-        return
-    spec = importlib.util.find_spec("tensorrt_rtx_libs")
-    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
-    if folders and not any((folder / _RTX_LIBRARIES[0]).exists() for folder in folders):
-        raise LibraryError("tensorrt_rtx was imported before load_tensorrt(); import it through load_tensorrt() only")
-
-
 def flavour_of(trt: ModuleType) -> str:
     """'tensorrt-rtx' or 'tensorrt', by the module's name."""
     return next((flavour for flavour, name in MODULES.items() if trt.__name__ == name), "tensorrt")
@@ -115,10 +106,7 @@ def check_versions(flavour: str, runtime: str, headers: str) -> None:
     headers of TensorRT 10 (10.14 was tried with 1.7.1) or 11, or with its own, which are versioned 1.x.
     """
     header, run = _version(headers), _version(runtime)
-    if flavour == "tensorrt-rtx":
-        fits = (1, 7) <= run < (2, 0) and header[0] in (1, 10, 11)
-    else:
-        fits = header[0] == run[0]
+    fits = (1, 7) <= run < (2, 0) and header[0] in (1, 10, 11) if flavour == "tensorrt-rtx" else header[0] == run[0]
     if not fits:
         raise LibraryError(
             f"the plugin library was compiled with TensorRT {headers} headers and cannot be loaded into {flavour} {runtime}; "
