@@ -12,6 +12,7 @@ import sys
 import click
 
 USAGE, ENVIRONMENT, INTERNAL, INTERRUPTED = 2, 3, 70, 130
+PIPE_CLOSED = 141  # as the shell reports a program that SIGPIPE ended: `mxcompile ... | head`
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # What `pip install 'mxcompile[EXTRA]'` brings, by the module whose import failed.
@@ -29,11 +30,10 @@ _EXTRAS = {
 def report(error: BaseException) -> int:
     """Print what happened, if anything is to be said; returns the exit code."""
     code, message = describe(error)
-    if isinstance(error, BrokenPipeError) or (isinstance(error, SystemExit) and code == 1):
-        # The reader of our output went away (`mxcompile ... | head`); click ends such a pipe with SystemExit(1). Python
-        # flushes stdout once more on its way out, so give it somewhere to go.
+    if code == PIPE_CLOSED:
+        # Python flushes stdout once more on its way out, so give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if debugging() and code not in (0, INTERRUPTED):
+    if debugging() and message and code != INTERRUPTED:
         import traceback
 
         traceback.print_exception(error)
@@ -46,18 +46,22 @@ def report(error: BaseException) -> int:
 def describe(error: BaseException) -> tuple[int, str]:
     """Exit code and one line for an exception; an empty line where silence is right."""
     match error:
+        case BrokenPipeError():
+            return PIPE_CLOSED, ""
+        case SystemExit() if isinstance(error.__context__, BrokenPipeError):  # how rich ends a closed pipe
+            return PIPE_CLOSED, ""
         case click.exceptions.Exit() | SystemExit():
             code = error.exit_code if isinstance(error, click.exceptions.Exit) else error.code
             return (code, "") if isinstance(code, int) else (0 if code is None else 1, str(code or ""))
         case click.Abort() | KeyboardInterrupt():
             return INTERRUPTED, "interrupted"
+        case click.exceptions.NoArgsIsHelpError():
+            return USAGE, f"give a command (see: {error.ctx.command_path if error.ctx else 'mxcompile'} --help)"
         case click.UsageError():
             where = f" (see: {error.ctx.command_path} --help)" if error.ctx else ""
             return USAGE, error.format_message().rstrip() + where
         case click.ClickException():
             return error.exit_code, error.format_message()
-        case BrokenPipeError():
-            return 0, ""
         case MemoryError():
             return ENVIRONMENT, "out of memory; build fewer layers or use a machine with more"
         case ImportError() if (extra := _EXTRAS.get((error.name or "").split(".")[0])) is not None:

@@ -1,12 +1,13 @@
 """The entry point: finds a verb, runs it, and turns every way it can end into an exit code.
 
 Exit codes: 0 done; 1 a comparison disagrees; 2 wrong usage or input; 3 the machine lacks something (a library, disk
-space, memory); 70 a fault of mxcompile itself; 130 interrupted; 143 terminated.
+space, memory); 70 a fault of mxcompile itself; 130 interrupted; 141 the reader of the output went away; 143 terminated.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -80,12 +81,22 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end a generation
     args = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        result: Any = cli.main(args, prog_name="mxcompile", standalone_mode=False)
-        code = result if isinstance(result, int) else 0
+        code = _run(args)
         sys.stdout.flush()
     except BaseException as error:
         code = report(error)
     sys.exit(code)
+
+
+def _run(args: list[str]) -> int:
+    if "_MXCOMPILE_COMPLETE" in os.environ:  # the shell asks for completions
+        cli.main(args, prog_name="mxcompile")
+    if not args:
+        args = ["--help"]
+    # Not cli.main: it ends a closed pipe and much else with exit code 1, which here means that a comparison disagrees.
+    with cli.make_context("mxcompile", args) as context:
+        result: Any = cli.invoke(context)
+    return result if isinstance(result, int) else 0
 
 
 def _terminate_cleanly() -> None:

@@ -74,6 +74,20 @@ def test_a_checkpoint_of_another_architecture(mxcompile, tiny_checkpoint, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.onnx", b"\xff\xff\xff not a graph", "is not an ONNX file"),
+        ("x.txt", b"", "is neither a folder nor an .onnx file"),
+        ("absent", None, "does not exist"),
+    ],
+)
+def test_inspecting_something_else(mxcompile, tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    refused(mxcompile("inspect", tmp_path / name), 2, words)
+
+
 def tamper_with_graph(folder):
     data = bytearray((folder / "rank0.onnx").read_bytes())
     data[len(data) // 2] ^= 1
