@@ -145,3 +145,11 @@ def find(name: str) -> OpInfo | None:
 def plugin_names() -> tuple[str, ...]:
     """Every name the library registers with TensorRT, sorted."""
     return tuple(sorted({name for op in OPS for name in (op.plugin, *op.aliases)}))
+
+
+def architecture_for(compute_capability: int) -> str | None:
+    """The architecture of ARCHITECTURES to build for on a GPU of 10 * major + minor, or None where none runs there."""
+    exact = [arch for arch in ARCHITECTURES if arch.rstrip("af") == str(compute_capability)]
+    same_major = [arch for arch in ARCHITECTURES if arch.isdigit() and int(arch) // 10 == compute_capability // 10]
+    usable = exact or [arch for arch in same_major if int(arch) <= compute_capability]
+    return usable[-1] if usable else None

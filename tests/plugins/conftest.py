@@ -8,25 +8,41 @@ from pathlib import Path
 
 import pytest
 
+from plugins import catalog
 from plugins.build import BuildResult, build
 from plugins.errors import ToolchainError
 from plugins.library import Library, load
 
-# One architecture, the cheapest to compile; the command `python -m plugins.build` compiles all of them.
-TEST_ARCHITECTURES = tuple(os.environ.get("MXCOMPILE_TEST_ARCHS", "80").split(","))
 TEST_BUILD_DIR = Path(__file__).parents[2] / "build" / "plugins-test"
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 
 
-def _no_gpu() -> str | None:
-    """Why GPU tests cannot run, or None where there is a GPU."""
+def _compute_capability() -> int | str:
+    """10 * major + minor of the first GPU, or why there is none."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "no NVIDIA driver"
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+    device, major, minor = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
         return "no NVIDIA GPU"
-    return None
+    driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
+    return 10 * major.value + minor.value
+
+
+def wanted_architectures() -> tuple[str, ...]:
+    """That of the GPU at hand; without one the cheapest to compile (`python -m plugins.build` compiles all of them)."""
+    if chosen := os.environ.get("MXCOMPILE_TEST_ARCHS"):
+        return tuple(chosen.split(","))
+    capability = _compute_capability()
+    return (catalog.architecture_for(capability) or "80",) if isinstance(capability, int) else ("80",)
+
+
+def _no_gpu() -> str | None:
+    """Why GPU tests cannot run, or None where there is a GPU."""
+    capability = _compute_capability()
+    return capability if isinstance(capability, str) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,9 +61,9 @@ def has_gpu() -> bool:
 
 @pytest.fixture(scope="session")
 def plugin_build() -> BuildResult:
-    """The whole library, for TEST_ARCHITECTURES; a later run takes it as it is."""
+    """The whole library, for one architecture; a later run takes it as it is."""
     try:
-        return build(TEST_ARCHITECTURES, TEST_BUILD_DIR, jobs=2)
+        return build(wanted_architectures(), TEST_BUILD_DIR, jobs=2)
     except ToolchainError as error:
         pytest.skip(str(error))
 

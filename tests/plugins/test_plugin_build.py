@@ -203,3 +203,10 @@ def test_catalog_is_consistent() -> None:
         assert all(catalog.find(alias) is op for alias in op.aliases)
         assert set(op.architectures) <= set(catalog.ARCHITECTURES)
     assert catalog.find("Conv") is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"), [(80, "80"), (87, "86"), (89, "89"), (90, "90a"), (100, None), (121, "120"), (75, None)]
+)
+def test_architecture_of_a_gpu(capability: int, arch: str | None) -> None:
+    assert catalog.architecture_for(capability) == arch
