@@ -43,5 +43,6 @@ def _moe_schema() -> OpSchema:
             attribute("swiglu_fusion", kind.INT, "", required=False),
             attribute("activation_alpha", kind.FLOAT, "", required=False),
             attribute("activation_beta", kind.FLOAT, "", required=False),
+            attribute("first_local_expert", kind.INT, "which expert fc1 and fc2 begin with; default 0", required=False),
         ],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import ml_dtypes
@@ -24,17 +25,27 @@ _STORED_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": 
 class Entry(Protocol):
     """Where a checkpoint keeps one tensor."""
 
-    file: object  # pathlib.Path, absolute
-    offset: int
-    nbytes: int
-    dtype: str
-    shape: tuple[int, ...]
+    @property
+    def file(self) -> object: ...  # pathlib.Path, absolute
+
+    @property
+    def offset(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class Source(Protocol):
     """What binding needs of a checkpoint; `model_defs.checkpoint.reader.Checkpoint` is one."""
 
-    entries: dict[str, Entry]
+    @property
+    def entries(self) -> Mapping[str, Entry]: ...
 
     def array(self, name: str) -> NDArray: ...
 
