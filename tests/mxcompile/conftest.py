@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from cli_process import environment
 
 
 @pytest.fixture(scope="session")
@@ -42,10 +41,3 @@ def mxcompile():
         )
 
     return run
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """This process's environment, able to import this tree from any folder."""
-    import os
-
-    return os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"} | extra

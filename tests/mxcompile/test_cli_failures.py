@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import environment
+from cli_process import environment
 
 from mxcompile.cli.main import main
 

@@ -9,7 +9,7 @@ import sys
 
 import click
 import pytest
-from conftest import environment
+from cli_process import environment
 
 from engines.errors import EngineError
 from mxcompile.cli.errors import describe

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import environment
+from cli_process import environment
 
 import mxcompile as package
 from mxcompile.cli.main import cli
