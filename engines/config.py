@@ -66,11 +66,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class RankFiles:
-    """Files of one rank, names inside the engine directory. `weights` lists where each weight's bytes lie."""
+    """Files of one rank, names inside the engine directory.
+
+    `graph` runs any number of tokens; `prefill_graph`, if there, runs several tokens faster. `weights` lists where
+    each weight's bytes lie.
+    """
 
     rank: int
     graph: str
     weights: str | None = None
+    prefill_graph: str | None = None
 
 
 @dataclass(frozen=True)

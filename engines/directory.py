@@ -75,7 +75,7 @@ def verify_files(path: str | os.PathLike[str], config: EngineConfig, *, whole: b
     }
     present = {name for name in present if name.split("/")[0] not in FREE_FOLDERS and name != CONFIG}
     for rank in config.ranks:
-        for name in filter(None, (rank.graph, rank.weights)):
+        for name in filter(None, (rank.graph, rank.weights, rank.prefill_graph)):
             if name not in listed:
                 raise EngineError(f"{folder / CONFIG}: {name} of rank {rank.rank} is not among the listed files")
     for name in sorted(listed - present):

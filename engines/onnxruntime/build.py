@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ import onnx_ir as ir
 from engines.config import Checkpoint, EngineConfig, Kind, Limits, Mapping, Port, RankFiles, StateTensor
 from engines.directory import EngineDirWriter
 from engines.errors import ENVIRONMENT, EngineError
-from engines.onnxruntime.lowering import lower
+from engines.onnxruntime.lowering import GroupExperts, lower
 from engines.onnxruntime.weights import ALIGNMENT, DTYPES, Manifest, WeightFile, WeightRecord, checkpoint_file
 
 TARGET = "onnxruntime"
 INLINE_LIMIT = 1024  # constants up to this many bytes stay in the graph file
-DEFAULT_PREFILL_CHUNK = 256
+DEFAULT_PREFILL_CHUNK = 512
 # progress(stage, done, total) with bytes or nodes as units
 Progress = Callable[[str, int, int], None]
 
@@ -69,13 +69,16 @@ def build(
     graph_name, weights_name = f"rank{request.rank}.onnx", f"rank{request.rank}.weights.json"
     data_name = f"rank{request.rank}.weights.bin"
     manifest = _place_weights(model, writer, data_name, request.checkpoint, report)
-    writer.write(weights_name, manifest.to_json())
     missing = [tap for tap in request.taps if tap not in {out.name for node in model.graph for out in node.outputs}]
     if missing:
         raise EngineError(f"the graph has no value {missing[0]!r} to tap")
-    with writer.open(graph_name) as file:
-        file.write(ir.serde.serialize_model(model).SerializeToString())
-    _check(writer, graph_name)
+    _write_graph(writer, graph_name, model)
+    group = GroupExperts()
+    prefill_name = None
+    if group(grouped := ir.from_proto(ir.to_proto(model))).modified:
+        prefill_name = f"rank{request.rank}.prefill.onnx"
+        _write_graph(writer, prefill_name, grouped)
+    writer.write(weights_name, replace(manifest, parts=group.parts).to_json())
     return EngineConfig(
         mxcompile_version=request.mxcompile_version,
         target=TARGET,
@@ -87,7 +90,7 @@ def build(
         inputs=[_port(value) for value in model.graph.inputs],
         outputs=[_port(value) for value in model.graph.outputs],
         states=list(_states(model.graph)),
-        ranks=[RankFiles(request.rank, graph_name, weights_name)],
+        ranks=[RankFiles(request.rank, graph_name, weights_name, prefill_name)],
         taps=list(request.taps),
         checkpoint=request.checkpoint,
         versions={"onnx": onnx.__version__, "onnx_ir": ir.__version__} | request.versions,
@@ -123,7 +126,7 @@ def _place_weights(
             derived.append(value)
     _need_space(writer, sum(_nbytes(value) for value in derived))
     records += _write_derived(derived, writer, data_name, files, report)
-    return Manifest(files, records)
+    return Manifest(files, records, {})
 
 
 def _write_derived(
@@ -208,11 +211,13 @@ def _need_space(writer: EngineDirWriter, needed: int) -> None:
         )
 
 
-def _check(writer: EngineDirWriter, graph_name: str) -> None:
-    """The standard part of the lowered graph must satisfy ONNX's checker; its own operators have no schema there."""
+def _write_graph(writer: EngineDirWriter, name: str, model: ir.Model) -> None:
+    """Write it and let ONNX's checker see its standard part; the runtime's own operators have no schema there."""
+    with writer.open(name) as file:
+        file.write(ir.to_proto(model).SerializeToString())
     assert writer.path is not None
     try:
-        onnx.checker.check_model(str(writer.path / graph_name))
+        onnx.checker.check_model(str(writer.path / name))
     except onnx.checker.ValidationError as error:
         raise EngineError(f"the lowered graph is not valid ONNX: {error}") from error
 

@@ -24,6 +24,7 @@ from engines.onnxruntime.state import OrtState
 from engines.onnxruntime.weights import map_weights
 
 MINIMUM_ORT = (1, 31)
+PREFILL_GRAPH_FROM = 4  # tokens of a run (rows times tokens) from which the prefill graph is faster
 Verify = Literal["quick", "full"]
 
 
@@ -40,7 +41,8 @@ def load(
 
     Args:
         threads: of ONNX Runtime; default: the CPUs this process may use.
-        prepack: let ONNX Runtime keep rearranged copies of linear (not expert) weights, faster for several tokens.
+        prepack: let ONNX Runtime keep rearranged copies of linear and expert weights (as much memory again, not
+            shared between processes). Without it several tokens at once take up to twice the time.
         verify: "quick" checks files above 64 MiB by size and samples, "full" reads every byte.
         checkpoint: where the checkpoint lies now, if it was moved since the build.
         rank: which rank's files to load.
@@ -60,7 +62,8 @@ def load(
         raise EngineError(f"{folder}: has no rank {rank}")
     moved = Path(checkpoint) if checkpoint is not None else None
     weights = map_weights(folder, config, files.weights, moved, whole=verify == "full")
-    return OrtSession(config, folder / files.graph, weights, threads=threads, prepack=prepack)
+    prefill_graph = folder / files.prefill_graph if files.prefill_graph is not None else None
+    return OrtSession(config, folder / files.graph, prefill_graph, weights, threads=threads, prepack=prepack)
 
 
 class OrtSession:
@@ -70,6 +73,7 @@ class OrtSession:
         self,
         config: EngineConfig,
         graph: Path,
+        prefill_graph: Path | None,
         weights: dict[str, np.ndarray],
         *,
         threads: int | None = None,
@@ -83,6 +87,7 @@ class OrtSession:
         self._arrays = weights
         self._pairs = [(spec.past, spec.present) for spec in config.states]
         self._session = self._open(str(graph), prepack)
+        self._prefill_session = self._session if prefill_graph is None else self._open(str(prefill_graph), prepack)
         self._tap_session: ort.InferenceSession | None = None
 
     @property
@@ -232,13 +237,14 @@ class OrtSession:
             step.ids_RT[:, 0] = ids_BT[slice(*rows), 0]
             step.new_R[:] = new_R
             return StepResult(self._run_single(step, state))
+        ids_RT = np.ascontiguousarray(ids_BT[slice(*rows), : run.tokens])
         feeds = {
-            "input_ids": np.ascontiguousarray(ids_BT[slice(*rows), : run.tokens]),
+            "input_ids": ids_RT,
             "new_lengths": np.ascontiguousarray(new_R),
             "past_lengths": past_R,
             "logit_positions": np.ascontiguousarray(wanted_RP),
         }
-        session, names = (self._with_taps(), self._config.taps) if taps else (self._session, [])
+        session, names = (self._with_taps(), self._config.taps) if taps else (self._fastest(ids_RT.size), [])
         binding = self._bind(session, feeds, state, rows)
         logits_RPN = np.empty((*wanted_RP.shape, self.vocab_size), np.float32)
         if logits_RPN.size:
@@ -251,6 +257,10 @@ class OrtSession:
         state.advance(rows, new_R)
         found = binding.get_outputs()[-len(names) :] if names else []
         return StepResult(logits_RPN, {n: v.numpy() for n, v in zip(names, found, strict=True)})
+
+    def _fastest(self, tokens: int) -> ort.InferenceSession:
+        """The graph to run this many tokens with."""
+        return self._prefill_session if tokens >= PREFILL_GRAPH_FROM else self._session
 
     def _bind(
         self, session: ort.InferenceSession, feeds: dict[str, np.ndarray], state: OrtState, rows: tuple[int, int]
@@ -274,7 +284,7 @@ class OrtSession:
     def _run_single(self, step: _SingleStep, state: OrtState) -> np.ndarray:
         """Run a prepared single-token step; its logits buffer [R, 1, N] is overwritten by the next one."""
         step.past_R[:] = state.lengths[slice(*step.rows)]
-        _run(self._session, step.binding)
+        _run(step.session, step.binding)
         state.advance(step.rows, step.new_R)
         return step.logits_RPN
 
@@ -324,7 +334,8 @@ class _SingleStep:
             "past_lengths": self.past_R,
             "logit_positions": self._positions_RP,
         }
-        self.binding = owner._bind(owner._session, feeds, state, rows)
+        self.session = owner._fastest(count)
+        self.binding = owner._bind(self.session, feeds, state, rows)
         self.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits_RPN))
 
 

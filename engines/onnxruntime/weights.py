@@ -52,24 +52,33 @@ class WeightRecord:
 
 @dataclass(frozen=True)
 class Manifest:
+    """`parts` maps a weight to its first dimension E when graphs also use `name@0` .. `name@{E-1}`, its slices."""
+
     files: list[WeightFile]
     tensors: list[WeightRecord]
+    parts: dict[str, int]
 
     def to_json(self) -> str:
         lines = ",\n  ".join(json.dumps(dataclasses.asdict(tensor)) for tensor in self.tensors)
         files = ",\n  ".join(json.dumps(dataclasses.asdict(file)) for file in self.files)
-        return f'{{"files": [\n  {files}\n ],\n "tensors": [\n  {lines}\n ]}}\n'
+        parts = json.dumps(self.parts)
+        return f'{{"files": [\n  {files}\n ],\n "tensors": [\n  {lines}\n ],\n "parts": {parts}}}\n'
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Manifest:
         """Parse and check everything that can be checked without the weight files."""
         try:
             raw = json.loads(text)
-            manifest = cls([WeightFile(**f) for f in raw["files"]], [WeightRecord(**t) for t in raw["tensors"]])
+            manifest = cls(
+                [WeightFile(**f) for f in raw["files"]], [WeightRecord(**t) for t in raw["tensors"]], raw["parts"]
+            )
             for tensor in manifest.tensors:
                 _check_record(tensor, manifest.files)
             if len({tensor.name for tensor in manifest.tensors}) != len(manifest.tensors):
                 raise ValueError("a weight is listed twice")
+            for name, count in manifest.parts.items():
+                if [t.shape[:1] for t in manifest.tensors if t.name == name] != [[count]]:
+                    raise ValueError(f"{name} does not have {count} parts")
             for file in manifest.files:
                 if file.root not in ("engine", "checkpoint"):
                     raise ValueError(f"unknown place {file.root!r}")
@@ -122,6 +131,8 @@ def map_weights(
         piece = maps[tensor.file][tensor.offset : tensor.offset + tensor.nbytes]
         # A plain ndarray over the mapping: np.memmap's own bookkeeping is slow and not needed.
         arrays[tensor.name] = np.asarray(piece).view(np.dtype(tensor.dtype)).reshape(tensor.shape)
+    for name, count in manifest.parts.items():
+        arrays |= {f"{name}@{index}": arrays[name][index] for index in range(count)}
     return arrays
 
 

@@ -58,6 +58,20 @@ def test_the_graph_file_is_valid_and_holds_no_weights(small_engine: SmallEngine)
     assert not operators & {("", "Attention"), ("", "TensorScatter"), ("", "LinearAttention"), ("", "MatMul")}
 
 
+def test_the_prefill_graph_refers_to_the_same_bytes(small_engine: SmallEngine) -> None:
+    onnx.checker.check_model(str(small_engine.path / "rank0.prefill.onnx"))
+    graph = onnx.load(str(small_engine.path / "rank0.prefill.onnx"), load_external_data=False).graph
+    places = {t["name"]: t for t in weights_of(small_engine.path)["tensors"]}
+    parts = [t for t in graph.initializer if "@" in t.name]
+    assert len(parts) == 2 * small_graph.E * len(small_graph.KINDS)
+    for tensor in parts:
+        name, index = tensor.name.split("@")
+        external = {entry.key: entry.value for entry in tensor.external_data}
+        size = places[name]["nbytes"] // small_graph.E
+        assert int(external["offset"]) == places[name]["offset"] + int(index) * size
+        assert int(external["length"]) == size
+
+
 def test_the_configuration_tells_the_contract(small_engine: SmallEngine) -> None:
     config = read_config(small_engine.path)
     assert [port.name for port in config.inputs[:4]] == ["input_ids", "new_lengths", "past_lengths", "logit_positions"]
@@ -152,6 +166,8 @@ def test_a_moved_checkpoint_is_named_and_can_be_given(engine: SmallEngine) -> No
         (lambda raw: raw["tensors"].append(raw["tensors"][0]), "listed twice"),
         (lambda raw: raw["files"][0].update(name="../../secret"), "not a name inside"),
         (lambda raw: raw["files"][0].update(root="moon"), "unknown place"),
+        (lambda raw: raw["parts"].update({"l0.fc1": 5}), "does not have 5 parts"),
+        (lambda raw: raw["parts"].update(nothing=1), "does not have 1 parts"),
         (lambda raw: raw.pop("files"), "not a list of weights"),
     ],
 )

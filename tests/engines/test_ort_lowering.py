@@ -5,6 +5,8 @@ Reference for results: the same graph before the pass, run by ONNX Runtime where
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -14,7 +16,14 @@ import pytest
 import small_graph
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
-from engines.onnxruntime.lowering import LowerAttention, LowerLinear, LowerLinearAttention, LowerOpset, lower
+from engines.onnxruntime.lowering import (
+    GroupExperts,
+    LowerAttention,
+    LowerLinear,
+    LowerLinearAttention,
+    LowerOpset,
+    lower,
+)
 
 HEADER = '<ir_version: 11, opset_import: ["" : {opset}, "com.microsoft" : 1]>\n'
 
@@ -164,6 +173,59 @@ def test_linear_layers_take_weights_as_they_are() -> None:
     y, z = run(model, {"x": x})
     assert np.abs(y - x @ weight.T).max() < 1e-5
     assert np.abs(z - x.sum(-1, keepdims=True) * 0.5).max() < 1e-5
+
+
+MOE = """g (float[B,T,6] x, float[n,5] r) => (float[B,T,6] y) {{
+  y = com.microsoft.MoE<k = {k}, activation_type = "swiglu", swiglu_fusion = 1, activation_alpha = {alpha},
+    activation_beta = 0.0, normalize_routing_weights = 1>(x, r, w1, , w2)
+}}"""
+
+
+def moe_model(folder: Path, k: int = 2, alpha: float = 1.0) -> tuple[ir.Model, np.ndarray, np.ndarray]:
+    """A mixture of 5 experts, hidden 6, inner 8, its weights in a file as a build leaves them."""
+    rng = np.random.default_rng(4)
+    w1 = rng.standard_normal((5, 16, 6), dtype=np.float32)
+    w2 = rng.standard_normal((5, 6, 8), dtype=np.float32)
+    (folder / "w.bin").write_bytes(b"\0" * 64 + w1.tobytes() + w2.tobytes())
+    proto = onnx.parser.parse_model(HEADER.format(opset=24) + MOE.format(k=k, alpha=alpha))
+    for name, array, offset in (("w1", w1, 64), ("w2", w2, 64 + w1.nbytes)):
+        tensor = proto.graph.initializer.add(name=name, data_type=1, dims=array.shape)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", "w.bin"), ("offset", str(offset)), ("length", str(array.nbytes))):
+            tensor.external_data.add(key=key, value=value)
+    return ir.from_proto(proto), w1, w2
+
+
+@pytest.mark.parametrize(("batch", "tokens", "k"), [(1, 1, 2), (2, 3, 2), (1, 40, 2), (3, 5, 1), (1, 7, 5)])
+def test_grouped_experts_match_the_definition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, tokens: int, k: int
+) -> None:
+    model, w1, w2 = moe_model(tmp_path, k)
+    monkeypatch.chdir(tmp_path)  # where the runtime looks for the weights of a model that comes as bytes
+    rng = np.random.default_rng((batch, tokens))
+    x = rng.standard_normal((batch, tokens, 6), dtype=np.float32)
+    r = rng.standard_normal((batch * tokens, 5), dtype=np.float32)
+    r[: len(r) // 2] = r[0]  # some experts get many tokens, some none
+    group = GroupExperts()
+    assert group(model).modified
+    assert group.parts == {"w1": 5, "w2": 5}
+    assert "MoE" not in operators(model)
+    assert sorted(model.graph.initializers) == [f"w{i}@{e}" for i in (1, 2) for e in range(5)]
+    onnx.checker.check_model(ir.to_proto(model))
+    (found,) = run(model, {"x": x, "r": r})
+    for row, (token, logits) in enumerate(zip(x.reshape(-1, 6).astype(np.float64), r.astype(np.float64), strict=True)):
+        order = np.argsort(-logits)[:k]
+        share = np.exp(logits[order]) / np.exp(logits[order]).sum()
+        expected = np.zeros(6)
+        for expert, part in zip(order, share, strict=True):
+            gate, up = w1[expert, 0::2] @ token, w1[expert, 1::2] @ token
+            expected += part * (w2[expert] @ (gate / (1 + np.exp(-gate)) * up))
+        assert np.abs(found.reshape(-1, 6)[row] - expected).max() < 1e-4
+
+
+def test_experts_of_another_kind_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="MoE other than"):
+        GroupExperts()(moe_model(tmp_path, alpha=1.7)[0])
 
 
 def test_a_newer_operator_that_reads_differently_is_refused() -> None:
