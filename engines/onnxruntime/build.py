@@ -43,6 +43,7 @@ class BuildRequest:
     taps: Sequence[str] = ()
     mapping: Mapping = field(default_factory=Mapping)
     rank: int = 0
+    prefill_graph: bool = True  # write a second graph for several tokens, where there is one
     mxcompile_version: str = "unknown"
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -75,7 +76,7 @@ def build(
     _write_graph(writer, graph_name, model)
     group = GroupExperts()
     prefill_name = None
-    if group(grouped := ir.from_proto(ir.to_proto(model))).modified:
+    if request.prefill_graph and group(grouped := ir.from_proto(ir.to_proto(model))).modified:
         prefill_name = f"rank{request.rank}.prefill.onnx"
         _write_graph(writer, prefill_name, grouped)
     writer.write(weights_name, replace(manifest, parts=group.parts).to_json())
