@@ -5,6 +5,7 @@
 
 #include "moe/checks.h"
 #include "moe/run.cuh"
+#include "moe/sm90_steps.cuh"
 
 namespace {
 
@@ -21,7 +22,33 @@ struct EmulatedRunner {
         }
         return mxc::Status::kOk;
     }
-    mxc::Status sm90(const mxc::MoeArgs&) { return mxc::fail(mxc::Status::kUnsupported, "not emulated"); }
+    // The steps around the sm_90a path's GEMMs are emulated; the GEMMs, which are CUTLASS', are plain loops here.
+    mxc::Status sm90(const mxc::MoeArgs& args) {
+        return mxc::runMoeSm90Steps<mxc::BFloat16>(args, *this, [&](int product, const mxc::GroupedProblem& problem) {
+            for (int expert = 0; expert < args.local_experts; ++expert) multiply(problem, expert, product == 0);
+            return mxc::Status::kOk;
+        });
+    }
+    static void multiply(const mxc::GroupedProblem& problem, int expert, bool round) {
+        const auto shape = problem.shapes[expert];
+        const auto* a = static_cast<const uint16_t*>(problem.a[expert]);
+        const auto* b = static_cast<const uint16_t*>(problem.b[expert]);
+        for (int m = 0; m < shape.m; ++m) {
+            for (int n = 0; n < shape.n; ++n) {
+                float sum = 0.0f;
+                for (int k = 0; k < shape.k; ++k) {
+                    sum += mxc::unpackLow<mxc::BFloat16>(a[m * problem.stride_a[expert] + k]) *
+                           mxc::unpackLow<mxc::BFloat16>(b[n * problem.stride_b[expert] + k]);
+                }
+                const int64_t at = m * problem.stride_d[expert] + n;
+                if (round) {
+                    static_cast<uint16_t*>(problem.d[expert])[at] = mxc::roundTo<mxc::BFloat16>(sum);
+                } else {
+                    static_cast<float*>(problem.d[expert])[at] = sum;
+                }
+            }
+        }
+    }
 };
 
 }  // namespace
