@@ -134,6 +134,29 @@ OPS: tuple[OpInfo, ...] = (
         ),
         summary="mixture of experts with int8 weights and one scale per output row",
     ),
+    OpInfo(
+        name="SoftmaxAttention",
+        plugin="SoftmaxAttention",
+        onnx=(),
+        dtypes=("float16", "bfloat16"),
+        head_dims=(64, 128),
+        inputs=(
+            "query [B, H, T, K]",
+            "key_cache [B, G, S, K] (the new tokens already written)",
+            "value_cache [B, G, S, K]",
+            "past_lengths [B] int32 or int64",
+            "new_lengths [B], as past_lengths",
+        ),
+        outputs=("output, as query; zeros past the new length",),
+        limits=MappingProxyType(
+            {
+                "heads": "H a multiple of G",
+                "mask": "causal: token t sees positions 0 to past_length + t; nothing behind the length is read",
+                "scale": "any finite number; 0, the default, means 1/sqrt(head_dim)",
+            }
+        ),
+        summary="attention over a key/value cache that knows its lengths (our own op, for the TensorRT lowering)",
+    ),
 )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from plugins.build import KERNELS_LIBRARY, default_build_dir
 from plugins.errors import KernelError, LibraryError, PluginsUsageError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
 
@@ -54,6 +54,20 @@ class MoeParams(ctypes.Structure):
         ("workspace_bytes", _I64),
         *((name, _I32) for name in ("router_dtype", "scale_dtype", "dtype", "weight_dtype", "tokens", "hidden")),
         *((name, _I32) for name in ("inner", "experts", "top_k", "first_local", "local_experts", "normalize")),
+    )
+
+
+class AttentionParams(ctypes.Structure):
+    """mxc_attention_params: pointers and sizes of one launch; the meanings are those of softmax_attention.h."""
+
+    _fields_ = (
+        ("struct_bytes", _I64),
+        *((name, _POINTER) for name in ("q", "k", "v", "out", "past_lengths", "new_lengths", "workspace")),
+        ("workspace_bytes", _I64),
+        *((name, _I32) for name in ("batch", "tokens", "heads", "kv_heads", "capacity", "head_dim", "dtype")),
+        ("wide_lengths", _I32),
+        ("scale", _F32),
+        ("reserved", _I32),
     )
 
 
@@ -119,6 +133,14 @@ class Library:
         """Starts router, experts and combine on `stream`."""
         self._check(self.handle.mxc_moe(ctypes.byref(_sized(params)), stream))
 
+    def attention_workspace_bytes(self, head_dim: int) -> int:
+        """Bytes of scratch that are enough for softmax attention of any size."""
+        return int(self.handle.mxc_attention_max_workspace_bytes(head_dim))
+
+    def softmax_attention(self, params: AttentionParams, stream: int = 0) -> None:
+        """Starts attention over a cache with lengths on `stream`."""
+        self._check(self.handle.mxc_softmax_attention(ctypes.byref(_sized(params)), stream))
+
     def last_error(self) -> str:
         """Text of this thread's last failure."""
         return str(self.handle.mxc_last_error().decode(errors="replace"))
@@ -128,7 +150,10 @@ class Library:
             raise KernelError(self.last_error(), status)
 
 
-def _sized(params: LightningParams | MoeParams) -> LightningParams | MoeParams:
+_Params = LightningParams | MoeParams | AttentionParams
+
+
+def _sized(params: _Params) -> _Params:
     params.struct_bytes = ctypes.sizeof(params)
     return params
 
@@ -169,4 +194,7 @@ def _load(path: Path) -> Library:
     handle.mxc_lightning_prefill.argtypes = [pointer, pointer, pointer]
     handle.mxc_lightning_decode.argtypes = [pointer, pointer]
     handle.mxc_moe.argtypes = [pointer, pointer]
+    handle.mxc_attention_max_workspace_bytes.argtypes = [_I32]
+    handle.mxc_attention_max_workspace_bytes.restype = _I64
+    handle.mxc_softmax_attention.argtypes = [pointer, pointer]
     return Library(path, handle)

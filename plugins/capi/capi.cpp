@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "attention/softmax_attention.h"
 #include "lightning/lightning_attention.h"
 #include "moe/moe.h"
 #include "mxc/architectures.h"
@@ -100,6 +101,29 @@ Status toParams(const mxc_moe_params* from, const char* op, mxc::MoeParams& to) 
     return Status::kOk;
 }
 
+Status toParams(const mxc_attention_params* from, const char* op, mxc::SoftmaxAttentionParams& to) noexcept {
+    if (const Status status = checkStruct(from, op); status != Status::kOk) return status;
+    if (const Status status = checkDType(from->dtype, op, "dtype"); status != Status::kOk) return status;
+    to.q_BHTK = from->q;
+    to.k_BGSK = from->k;
+    to.v_BGSK = from->v;
+    to.out_BHTK = from->out;
+    to.past_lengths_B = from->past_lengths;
+    to.new_lengths_B = from->new_lengths;
+    to.wide_lengths = from->wide_lengths != 0;
+    to.batch = from->batch;
+    to.tokens = from->tokens;
+    to.heads = from->heads;
+    to.kv_heads = from->kv_heads;
+    to.capacity = from->capacity;
+    to.head_dim = from->head_dim;
+    to.scale = from->scale;
+    to.dtype = static_cast<DType>(from->dtype);
+    to.workspace = from->workspace;
+    to.workspace_bytes = static_cast<size_t>(from->workspace_bytes);
+    return Status::kOk;
+}
+
 cudaStream_t toStream(void* stream) noexcept { return static_cast<cudaStream_t>(stream); }
 
 }  // namespace
@@ -139,6 +163,10 @@ int64_t mxc_moe_workspace_bytes(const mxc_moe_params* params) {
     return static_cast<int64_t>(mxc::moeWorkspaceBytes(made));
 }
 
+int64_t mxc_attention_max_workspace_bytes(int32_t head_dim) {
+    return static_cast<int64_t>(mxc::softmaxAttentionMaxWorkspaceBytes(head_dim));
+}
+
 int32_t mxc_check_device(void) { return code(mxc::checkDevice("mxcompile")); }
 
 int32_t mxc_lightning_prefill(const mxc_lightning_params* params, const mxc_lightning_plan* plan, void* stream) {
@@ -160,6 +188,12 @@ int32_t mxc_moe(const mxc_moe_params* params, void* stream) {
     mxc::MoeParams made;
     if (const Status status = toParams(params, "moe", made); status != Status::kOk) return code(status);
     return code(mxc::explainCudaFailure(mxc::launchMoe(made, toStream(stream)), "moe"));
+}
+
+int32_t mxc_softmax_attention(const mxc_attention_params* params, void* stream) {
+    mxc::SoftmaxAttentionParams made;
+    if (const Status status = toParams(params, "softmax_attention", made); status != Status::kOk) return code(status);
+    return code(mxc::explainCudaFailure(mxc::launchSoftmaxAttention(made, toStream(stream)), "softmax_attention"));
 }
 
 }  // extern "C"

@@ -1,7 +1,7 @@
 // C interface over the launchers, for ctypes (plugins/library.py), tests and benchmarks: plain structs, device
 // pointers, a stream as a void pointer. Every function returns a status: 0 is good, the others are those of
-// mxc/types.h, and mxc_last_error() has the text. The structs mirror LightningParams, LightningPlan and MoeParams; see
-// those for meanings.
+// mxc/types.h, and mxc_last_error() has the text. The structs mirror LightningParams, LightningPlan, MoeParams and
+// SoftmaxAttentionParams; see those for meanings.
 //
 // A caller sets `struct_bytes` to sizeof of the struct it was built with; another size is refused.
 #pragma once
@@ -15,7 +15,7 @@ extern "C" {
 #define MXC_API __attribute__((visibility("default")))
 
 // Raised by one whenever a struct or a signature below changes.
-#define MXC_ABI_VERSION 1
+#define MXC_ABI_VERSION 2
 
 typedef struct mxc_lightning_params {
     int64_t struct_bytes;
@@ -73,6 +73,28 @@ typedef struct mxc_moe_params {
     int32_t normalize;
 } mxc_moe_params;
 
+typedef struct mxc_attention_params {
+    int64_t struct_bytes;
+    const void* q;
+    const void* k;
+    const void* v;
+    void* out;
+    const void* past_lengths;
+    const void* new_lengths;
+    void* workspace;
+    int64_t workspace_bytes;
+    int32_t batch;
+    int32_t tokens;
+    int32_t heads;
+    int32_t kv_heads;
+    int32_t capacity;
+    int32_t head_dim;
+    int32_t dtype;
+    int32_t wide_lengths;
+    float scale;
+    int32_t reserved;
+} mxc_attention_params;
+
 // Queries that need no GPU.
 MXC_API int32_t mxc_abi_version(void);
 MXC_API const char* mxc_last_error(void);
@@ -82,6 +104,7 @@ MXC_API int32_t mxc_lightning_plan_prefill(int32_t batch, int32_t tokens, int32_
                                            int32_t sm_count, int32_t compute_capability, mxc_lightning_plan* plan);
 MXC_API int64_t mxc_lightning_workspace_bytes(const mxc_lightning_plan* plan, int32_t batch, int32_t heads,
                                               int32_t head_dim);
+MXC_API int64_t mxc_attention_max_workspace_bytes(int32_t head_dim);
 MXC_API int64_t mxc_moe_workspace_bytes(const mxc_moe_params* params);  // negative: refused
 
 // kOk where this library has code for the calling thread's current device.
@@ -90,6 +113,7 @@ MXC_API int32_t mxc_check_device(void);
 MXC_API int32_t mxc_lightning_prefill(const mxc_lightning_params* params, const mxc_lightning_plan* plan, void* stream);
 MXC_API int32_t mxc_lightning_decode(const mxc_lightning_params* params, void* stream);
 MXC_API int32_t mxc_moe(const mxc_moe_params* params, void* stream);
+MXC_API int32_t mxc_softmax_attention(const mxc_attention_params* params, void* stream);
 
 #ifdef __cplusplus
 }

@@ -4,6 +4,7 @@
 
 #include "tensorrt/linear_attention_plugin.h"
 #include "tensorrt/moe_plugin.h"
+#include "tensorrt/softmax_attention_plugin.h"
 
 #define MXC_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -14,7 +15,9 @@ MXC_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count)
     static mxc::trt::Creator<mxc::trt::FloatMoePlugin> moe("MoE");
     static mxc::trt::Creator<mxc::trt::QuantizedMoePlugin> qmoe("QMoE");
     static mxc::trt::Creator<mxc::trt::QuantizedMoePlugin> qmoe_int8("QMoEInt8");
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&linear_attention, &moe, &qmoe, &qmoe_int8};
+    static mxc::trt::Creator<mxc::trt::SoftmaxAttentionPlugin> softmax_attention("SoftmaxAttention");
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {&linear_attention, &moe, &qmoe, &qmoe_int8,
+                                                                  &softmax_attention};
     count = static_cast<int32_t>(sizeof(creators) / sizeof(creators[0]));
     return creators;
 }

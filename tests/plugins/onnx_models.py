@@ -8,7 +8,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-FP32, FP16, BF16, INT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8
+FP32, FP16, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
+INT8, INT32, INT64 = TensorProto.INT8, TensorProto.INT32, TensorProto.INT64
 Shape = Sequence[int | str]
 NO_ELEMENTS = "absent"  # an optional input that is not there
 
@@ -83,3 +84,19 @@ def moe(
     given = {name: value for name, value in {**standard, **attributes}.items() if value is not None}
     name = op or ("QMoEInt8" if quantized else "MoE")
     return model(name, "com.microsoft", inputs, order, {"output": (FP16, ("B", "T", 64))}, **given)
+
+
+def softmax_attention(
+    changes: Mapping[str, tuple[int, Shape]] | None = None, drop: Sequence[str] = (), **attributes: Any
+) -> bytes:
+    """SoftmaxAttention with 8 heads on 2 key/value heads of 128 over dynamic batch, length and capacity."""
+    cache = (BF16, ("B", 2, "S", 128))
+    inputs: dict[str, tuple[int, Shape]] = {
+        "query": (BF16, ("B", 8, "T", 128)),
+        "key_cache": cache,
+        "value_cache": cache,
+        "past_lengths": (INT64, ("B",)),
+        "new_lengths": (INT64, ("B",)),
+    }
+    inputs = {name: value for name, value in {**inputs, **(changes or {})}.items() if name not in drop}
+    return model("SoftmaxAttention", "mxcompile", inputs, list(inputs), {"output": inputs["query"]}, **attributes)

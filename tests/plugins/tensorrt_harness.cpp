@@ -108,6 +108,14 @@ int main(int, char** argv) {
             run("LinearAttention", creator, fields, {rows, rows, rows, state, tensor(full, {1, 1, 1})}, {rows, state});
             continue;
         }
+        if (name == "SoftmaxAttention") {
+            const auto query = tensor(half, {1, 2, 1, 64});
+            const auto cache = tensor(half, {1, 1, 8, 64});
+            const auto lengths = tensor(DataType::kINT64, {1});
+            run("SoftmaxAttention", creator, {{"scale", &scale, PluginFieldType::kFLOAT32, 1}},
+                {query, cache, cache, lengths, lengths}, {query});
+            continue;
+        }
         Fields fields = {{"k", &top_k, PluginFieldType::kINT32, 1},
                          {"activation_type", swiglu, PluginFieldType::kCHAR, 7},
                          {"swiglu_fusion", &one, PluginFieldType::kINT32, 1},

@@ -10,7 +10,7 @@ import pytest
 
 from plugins import catalog, library
 from plugins.errors import KernelError, LibraryError, PluginsUsageError
-from plugins.library import Library, LightningParams, MoeParams, dtype_code, load
+from plugins.library import AttentionParams, Library, LightningParams, MoeParams, dtype_code, load
 
 _MEMORY = ctypes.create_string_buffer(1 << 16)
 ALIGNED = (ctypes.addressof(_MEMORY) + 255) // 256 * 256  # host memory: refusals happen before anything is read
@@ -31,6 +31,15 @@ def moe(**changes: object) -> MoeParams:
     types = dict(dtype=dtype_code("bfloat16"), weight_dtype=dtype_code("bfloat16"))
     workspace = dict(workspace=ALIGNED + 32768, workspace_bytes=16384)
     return MoeParams(**{**pointers, **sizes, **types, **workspace, **changes})
+
+
+def attention(**changes: object) -> AttentionParams:
+    """A launch that is right but for `changes`: one token over a cache of 8."""
+    pointers = {
+        name: ALIGNED + 1024 * i for i, name in enumerate(("q", "k", "v", "out", "past_lengths", "new_lengths"))
+    }
+    sizes = dict(batch=1, tokens=1, heads=2, kv_heads=1, capacity=8, head_dim=64, scale=0.125)
+    return AttentionParams(**{**pointers, **sizes, "dtype": dtype_code("float16"), **changes})
 
 
 def test_library_knows_what_it_was_built_for(kernel_library: Library) -> None:
@@ -97,7 +106,23 @@ def test_moe_refuses(kernel_library: Library, changes: dict[str, object], wrong:
     assert raised.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        (dict(head_dim=96), "head_dim 96 is not supported"),
+        (dict(tokens=9), "9 new tokens do not fit a capacity of 8"),
+        (dict(k=0), "k is null"),
+        (dict(dtype=dtype_code("float32")), "use fp16 or bf16"),
+    ],
+)
+def test_attention_refuses(kernel_library: Library, changes: dict[str, object], wrong: str) -> None:
+    with pytest.raises(KernelError, match=wrong) as raised:
+        kernel_library.softmax_attention(attention(**changes))
+    assert raised.value.exit_code == 2
+
+
 def test_empty_batch_is_nothing_to_do(kernel_library: Library) -> None:
+    kernel_library.softmax_attention(attention(batch=0))
     kernel_library.lightning_decode(lightning(batch=0))
     kernel_library.moe(moe(tokens=0))
 
@@ -106,6 +131,7 @@ LAUNCHES: list[Callable[[Library], None]] = [
     lambda lib: lib.lightning_decode(lightning()),
     lambda lib: lib.lightning_prefill(lightning()),
     lambda lib: lib.moe(moe()),
+    lambda lib: lib.softmax_attention(attention()),
     lambda lib: lib.check_device(),
 ]
 
@@ -154,7 +180,7 @@ def test_something_else_is_not_loaded(tmp_path: Path) -> None:
 def test_library_of_another_interface_is_refused(kernel_library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "ABI_VERSION", 99)
     library._load.cache_clear()
-    with pytest.raises(LibraryError, match="interface 1, this package 99"):
+    with pytest.raises(LibraryError, match="interface 2, this package 99"):
         load(kernel_library.path.parent)
     library._load.cache_clear()
 

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from onnx_models import BF16, FP16, FP32, linear_attention, moe
+from onnx_models import BF16, FP16, FP32, INT32, INT64, linear_attention, moe, softmax_attention
 
 from plugins import catalog, tensorrt_runtime
 from plugins.build import TENSORRT_LIBRARY, BuildResult
@@ -70,7 +70,9 @@ class Network:
             tensor = network.get_input(i)
             shape = tuple(tensor.shape)
             if -1 in shape:
-                names = ["N"] if tensor.name == "router_probs" else ["B", "T"]
+                names = {"router_probs": "N", "past_state": "B"}.get(
+                    tensor.name, "B-S" if "cache" in tensor.name else "BTT"
+                )
                 bounds = [tuple(1 if d < 0 else d for d in shape)]
                 bounds.append(tuple(largest[names[axis]] if d < 0 else d for axis, d in enumerate(shape)))
                 profile.set_shape(tensor.name, bounds[0], bounds[1], bounds[1])
@@ -237,6 +239,40 @@ def test_widths_that_no_kernel_has_fail_while_building(network: Network) -> None
     assert "hidden" in network.errors()
 
 
+@pytest.mark.parametrize("lengths", [INT32, INT64])
+def test_softmax_attention_builds_with_dynamic_lengths_and_capacity(network: Network, lengths: int) -> None:
+    changes = dict.fromkeys(("past_lengths", "new_lengths"), (lengths, ("B",)))
+    parsed = network.parse(softmax_attention(changes, scale=0.5))
+    assert parsed is not None, network.errors()
+    assert tuple(parsed.get_output(0).shape) == (-1, 8, -1, 128)
+    engine = network.build(parsed, {"B": 4, "T": 16, "S": 8192})
+    assert engine is not None, network.errors()
+    assert b"the_SoftmaxAttention" in engine
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        (dict(drop=["new_lengths"]), "it has 4 inputs"),
+        (dict(changes={"query": (FP32, ("B", 8, "T", 128))}), "query is fp32; give fp16 or bf16"),
+        (dict(changes={"key_cache": (FP16, ("B", 2, "S", 128))}), "key_cache is fp16 and query bf16"),
+        (dict(changes={"new_lengths": (INT32, ("B",))}), "past_lengths is int64 and new_lengths int32"),
+        (dict(changes={"query": (BF16, ("B", "T", 1024))}), "query has 3 dimensions; give [B, heads, T, head_dim]"),
+        (dict(changes={"query": (BF16, ("B", 7, "T", 128))}), "7 heads are not a multiple of 2 key/value heads"),
+        (dict(changes={"value_cache": (BF16, ("B", 2, "S", 64))}), "must both be [B, 2, capacity, 128]"),
+        (
+            dict(changes={"query": (BF16, (3, 8, "T", 128)), "past_lengths": (INT64, (2,))}),
+            "past_lengths is for 2 sequences",
+        ),
+        (dict(scale=float("inf")), "scale is not finite"),
+    ],
+)
+def test_softmax_attention_refuses(network: Network, options: dict[str, Any], wrong: str) -> None:
+    assert network.parse(softmax_attention(**options)) is None
+    assert "SoftmaxAttention 'the_SoftmaxAttention': " in network.errors()
+    assert wrong in network.errors(), network.errors()
+
+
 def test_parser_keeps_the_name_qmoe_for_itself(network: Network) -> None:
     """Why int8 experts are called QMoEInt8: when this fails the parser has learnt to pass QMoE on."""
     assert network.parse(moe(quantized=True, op="QMoE", activation_alpha=1.0, activation_beta=0.0)) is None
@@ -261,7 +297,7 @@ def test_serialization_and_run_time_errors(plugin_build: BuildResult, has_gpu: b
     assert creators == {f"{name}/1/" for name in catalog.plugin_names()}
     facts = dict(line.split("=", 1) for line in lines if not line.startswith("creator="))
     assert "update_rule:gated;scale:0.500000" in facts["LinearAttention.fields"]
-    for name in ("LinearAttention", "MoE", "QMoEInt8"):
+    for name in ("LinearAttention", "MoE", "QMoEInt8", "SoftmaxAttention"):
         assert "node_name:layers.3;" in facts[f"{name}.fields"]
         assert facts[f"{name}.round_trip"] == "1"
         assert facts[f"{name}.shaped"] == "0"
