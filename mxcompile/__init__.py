@@ -13,8 +13,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mxcompile.building import build, export_onnx
+    from mxcompile.building import build
     from mxcompile.checkpoints import create_checkpoint
+    from mxcompile.exporting import export_onnx
     from mxcompile.inspection import inspect
     from mxcompile.loading import generate, load
     from mxcompile.validation import validate
@@ -24,7 +25,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "build": "mxcompile.building",
     "create_checkpoint": "mxcompile.checkpoints",
-    "export_onnx": "mxcompile.building",
+    "export_onnx": "mxcompile.exporting",
     "generate": "mxcompile.loading",
     "inspect": "mxcompile.inspection",
     "load": "mxcompile.loading",

@@ -1,19 +1,15 @@
-"""From a checkpoint to an engine directory or an ONNX file: the stages of the other packages, strung together."""
+"""From a checkpoint to an engine directory: the stages of the other packages, strung together."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import platform
-import resource
 import shutil
-import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from engines.config import Checkpoint as CheckpointReference
 from engines.config import EngineConfig
@@ -21,16 +17,14 @@ from engines.directory import EngineDirWriter
 from engines.errors import DISAGREEMENT, EngineError
 from mxcompile import __version__
 from mxcompile.errors import MxcompileError
+from mxcompile.exporting import DTYPES, bound_graph, check_choice, open_checkpoint, peak_memory
 from mxcompile.progress import Progress, SilentProgress, Stage, StageClock
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from export.weights import Source
-    from model_defs.checkpoint.reader import Checkpoint
     from model_defs.config import ModelConfig
 
-DTYPES = ("float32", "float16", "bfloat16")
 TARGET_DTYPES = {"onnxruntime": ("float32",)}
 """Targets, and the types of weights and activations that each can run: ONNX Runtime's CPU kernels of the contributed
 operators (LinearAttention, MoE beside an fp32 router) take fp32.
@@ -86,15 +80,15 @@ def build(
         An exception whose `exit_code` is 2 for a bad checkpoint or request, 3 for a lack of space, memory or
         libraries, 1 when the finished engine computes something that is not finite.
     """
-    _check_choice("target", target, tuple(TARGET_DTYPES))
-    _check_choice("dtype", dtype, DTYPES)
+    check_choice("target", target, tuple(TARGET_DTYPES))
+    check_choice("dtype", dtype, DTYPES)
     if dtype not in TARGET_DTYPES[target]:
         known = ", ".join(TARGET_DTYPES[target])
         raise MxcompileError(f"the target {target} runs {known}, not {dtype}; build with --dtype {known}")
     clock = StageClock(progress or SilentProgress())
     with EngineDirWriter(output, force=force) as writer:
         with clock.stage("read"):
-            opened, config = _open(Path(checkpoint), layers)
+            opened, config = open_checkpoint(Path(checkpoint), layers)
             _check_limits(config, max_batch_size, max_seq_len, prefill_chunk)
             fingerprint = opened.fingerprint()
         with clock.stage("trace"), _torch_threads(threads):
@@ -138,110 +132,6 @@ def build(
         seconds={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
         peak_memory=peak_memory(),
     )
-
-
-@dataclass(frozen=True)
-class ExportSummary:
-    """What an export wrote. Sizes in bytes, times in seconds."""
-
-    path: str
-    dtype: str
-    layers: int
-    nodes: int
-    graph_bytes: int
-    referenced_bytes: int
-    derived_bytes: int
-    seconds: dict[str, float]
-    peak_memory: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return dataclasses.asdict(self)
-
-
-def export_onnx(
-    source: str | Path | ModelConfig,
-    output: str | Path,
-    *,
-    dtype: str = "float32",
-    layers: int | None = None,
-    weights: bool = True,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> ExportSummary:
-    """Write the canonical ONNX graph.
-
-    `source` is a checkpoint folder, whose weights the file then refers to; or, for the graph alone, a configuration, a
-    `config.json` or a checkpoint folder with `weights=False`. Raises as `build` does.
-    """
-    from export.save import save_graph, save_with_weights
-    from model_defs.config import ModelConfig
-    from model_defs.config_schemas import read_config
-
-    _check_choice("dtype", dtype, DTYPES)
-    clock = StageClock(progress or SilentProgress())
-    opened: Checkpoint | None = None
-    with clock.stage("read"):
-        if isinstance(source, ModelConfig):
-            config = source if layers is None else source.truncated(layers)
-        elif weights and Path(source).suffix != ".json":
-            opened, config = _open(Path(source), layers)
-        else:
-            config = read_config(source)
-            config = config if layers is None else config.truncated(layers)
-    with clock.stage("trace"):
-        model = graph(config, dtype) if opened is None else bound_graph(config, dtype, opened)
-    if opened is None:
-        with clock.stage("write"):
-            saved = save_graph(model, Path(output), force=force)
-    else:
-        total = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-        with clock.stage("bind weights", total) as stage:
-            saved = save_with_weights(model, Path(output), force=force, on_progress=stage.advance)
-    return ExportSummary(
-        path=str(output),
-        dtype=dtype,
-        layers=config.num_layers,
-        nodes=model.graph.num_nodes(),
-        graph_bytes=saved.graph_bytes,
-        referenced_bytes=saved.referred_bytes,
-        derived_bytes=saved.derived_bytes,
-        seconds={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
-        peak_memory=peak_memory(),
-    )
-
-
-def bound_graph(config: ModelConfig, dtype: str, checkpoint: Checkpoint) -> ir.Model:
-    """The canonical graph of `config`, its initializers bound to the checkpoint without reading them."""
-    from export.weights import bind_weights
-
-    model = graph(config, dtype)
-    bind_weights(model, config, cast("Source", checkpoint))
-    return model
-
-
-def graph(config: ModelConfig, dtype: str) -> ir.Model:
-    """The canonical graph of `config`, without weights."""
-    from export.trace import trace_model
-
-    with _quiet():
-        return trace_model(config, dtype)
-
-
-def peak_memory() -> int:
-    """Most resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _open(folder: Path, layers: int | None) -> tuple[Checkpoint, ModelConfig]:
-    """The checkpoint, and the configuration of its first `layers` layers, whose tensors are all there."""
-    from model_defs.checkpoint.reader import Checkpoint
-    from model_defs.checkpoint.verify import require_complete
-
-    opened = Checkpoint.open(folder)
-    config = opened.config if layers is None else opened.config.truncated(layers)
-    require_complete(opened, config)
-    return opened, config
 
 
 def _verify(engine_dir: Path, threads: int | None) -> None:
@@ -320,20 +210,6 @@ def _versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep from the user what the tracer says about packages that it does not find and its own deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextlib.contextmanager
 def _torch_threads(threads: int | None) -> Iterator[None]:
     import torch
 
@@ -344,11 +220,6 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise MxcompileError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def _check_limits(config: ModelConfig, max_batch_size: int, max_seq_len: int, prefill_chunk: int | None) -> None:

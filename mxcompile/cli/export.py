@@ -37,8 +37,8 @@ def command(
         raise click.UsageError("give CHECKPOINT or --preset", click.get_current_context())
 
     from model_defs.presets import preset as named
-    from mxcompile.building import export_onnx
     from mxcompile.cli.progress_bars import progress
+    from mxcompile.exporting import export_onnx
 
     source: Any = checkpoint if preset is None else named(preset)
     with progress(verbose) as shown:
