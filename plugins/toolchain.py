@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def _package_dirs(package: str) -> list[Path]:
     except (ImportError, ValueError):
         return []
     return [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+
+
+def _which(tool: str) -> str | None:
+    """On the PATH, or beside the running Python: where a virtual environment that is not activated has its programs."""
+    beside = Path(sys.executable).parent / tool
+    return shutil.which(tool) or (str(beside) if os.access(beside, os.X_OK) else None)
 
 
 def find_nvcc() -> Path:
@@ -102,10 +109,10 @@ def find_cutlass() -> Path | None:
 
 def find_toolchain() -> Toolchain:
     """Everything, or a ToolchainError that says what is missing."""
-    cmake = shutil.which("cmake")
+    cmake = _which("cmake")
     if cmake is None:
         raise ToolchainError("no cmake found; install CMake 3.22 or later (`pip install cmake`)")
-    ninja = shutil.which("ninja")
+    ninja = _which("ninja")
     nvcc = find_nvcc()
     headers = find_tensorrt_headers()
     return Toolchain(

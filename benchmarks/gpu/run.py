@@ -4,7 +4,7 @@
     python3 benchmarks/gpu/run.py bench    build, every *_bench.py of this folder; results into benchmarks/results/
 
 Needs nvcc, CMake, pytest, hypothesis, numpy and a PyTorch with CUDA; TensorRT is not needed. Each benchmark is a program of
-its own that takes `--output FILE` and writes a JSON object; hardware, versions and date are added here. Goals it misses end it
+its own that takes `--out FILE` and writes a JSON object; hardware, versions and date are added here. Goals it misses end it
 with code 1, and so end this one, after all have run.
 """
 
@@ -118,7 +118,7 @@ def run_benchmarks(facts: dict[str, str], result: BuildResult, only: list[str]) 
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "result.json"
             started = time.monotonic()
-            command = [sys.executable, str(script), "--output", str(output)]
+            command = [sys.executable, str(script), "--out", str(output)]
             code = subprocess.run(command, cwd=ROOT, env=environment(), check=False).returncode
             seconds = round(time.monotonic() - started, 1)
             if code != 0:
