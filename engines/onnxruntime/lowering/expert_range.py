@@ -49,8 +49,7 @@ def _lower(node: ir.Node) -> None:
     probabilities = put("Softmax", router, axis=-1)
     top, chosen = put("TopK", probabilities, put.const([k]), outputs=2, axis=-1)
     weights = put("Div", top, put("ReduceSum", top, put.const([-1]), keepdims=1))
-    none = put("Sub", probabilities, probabilities)
-    every = put("ScatterElements", none, chosen, weights, axis=-1)
+    every = put("ScatterElements", put.zeros_like(probabilities), chosen, weights, axis=-1)
     mine = put("Slice", every, put.const([first]), put.const([first + local]), put.const([-1]))
     share = put("ReduceSum", mine, put.const([-1]), keepdims=1)
     zero = put.const(np.float32(0))
@@ -65,7 +64,7 @@ def _lower(node: ir.Node) -> None:
     inputs = [put("GatherND", hidden, rows), logits, *node.inputs[2:]]
     experts = put.add(ir.Node(CONTRIB, "MoE", inputs, list(attributes.values()), name=node.name))
     scaled = put("Mul", experts, share)
-    spread = put("ScatterND", put("Sub", hidden, hidden), rows, scaled)
+    spread = put("ScatterND", put.zeros_like(hidden), rows, scaled)
     result = ir.node("Reshape", [spread, put("Shape", x)])
     put_in_place_of(node, result, [(node.outputs[0], result.outputs[0])])
     assert isinstance(result.graph, ir.Graph)
@@ -92,6 +91,10 @@ class _Put:
         new.outputs[0].name = f"{self.stem}.local"
         self.graph.insert_before(self.node, new)
         return new.outputs[0]
+
+    def zeros_like(self, value: ir.Value) -> ir.Value:
+        # Not value - value: ONNX Runtime 1.31 then overwrites the value in place while others still read it.
+        return self("ConstantOfShape", self("Shape", value), value=ir.tensor(np.zeros(1, np.float32)))
 
     def const(self, value: Any) -> ir.Value:
         array = np.asarray(value)
