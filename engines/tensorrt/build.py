@@ -1,0 +1,198 @@
+"""Build a TensorRT engine ahead of time from the canonical graph."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (numpy learns bfloat16 from it)
+import numpy as np
+import onnx_ir as ir
+
+from engines.config import Checkpoint, EngineConfig, Limits, Mapping, RankFiles
+from engines.directory import EngineDirWriter
+from engines.errors import ENVIRONMENT, EngineError
+from engines.onnxruntime.build import _port, _states
+from engines.tensorrt.gpus import Gpu, aim_at
+from engines.tensorrt.lowering import lower
+from engines.tensorrt.messages import failure, make_logger
+from engines.tensorrt.network import INLINE_LIMIT, describe_layers, parse
+from engines.tensorrt.profiles import Shapes, add_profiles
+
+DEFAULT_PREFILL_CHUNK = 2048
+# progress(stage, done, total)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """Everything about an engine that the graph itself does not say."""
+
+    model: dict[str, Any]
+    target: str  # "tensorrt" or "tensorrt-rtx"
+    gpu: Gpu
+    max_batch_size: int
+    max_seq_len: int
+    prefill_chunk: int = DEFAULT_PREFILL_CHUNK
+    dtype: str = "bfloat16"
+    checkpoint: Checkpoint | None = None
+    mapping: Mapping = field(default_factory=Mapping)
+    rank: int = 0
+    mxcompile_version: str = "unknown"
+    versions: dict[str, str] = field(default_factory=dict)
+    verbose: bool = False
+
+
+def build(
+    model: ir.Model,
+    writer: EngineDirWriter,
+    request: BuildRequest,
+    progress: Progress | None = None,
+    plugin_folder: Path | None = None,
+) -> EngineConfig:
+    """Lower `model` in place, compile it for `request.gpu` and write one rank's files with `writer`; commit them yourself.
+
+    Initializers are `ir.ExternalTensor` (their file is mapped) or lazy tensors (made one at a time and parked in a temporary file, so
+    that memory holds one of them). Raises EngineError with TensorRT's own reason; exit code 3 where TensorRT or the plugin library
+    is missing.
+    """
+    report = progress or (lambda stage, done, total: None)
+    if request.dtype not in ("float16", "bfloat16"):
+        raise EngineError(
+            f"target {request.target} runs float16 and bfloat16, not {request.dtype}; give --dtype bfloat16"
+        )
+    trt, plugins = _load(request.target, plugin_folder)
+    chunk = min(request.prefill_chunk, request.max_seq_len)
+    report("lower", 0, 1)
+    try:
+        lower(model, request.max_seq_len)
+    except (ValueError, ir.passes.PassError) as error:
+        raise EngineError(f"the graph cannot be lowered to TensorRT: {error.__cause__ or error}") from error
+    report("lower", 1, 1)
+    logger = make_logger(trt, request.verbose)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    aim_at(trt, config, request.gpu, request.target)
+    vocab_size = int(request.model["vocab_size"])
+    shapes = Shapes(request.max_batch_size, chunk, vocab_size)
+    assert writer.path is not None
+    with tempfile.TemporaryFile(dir=writer.path) as parking:
+        weights = dict(_arrays(model, parking, report))
+        parser = parse(trt, network, logger, model, weights)
+        add_profiles(builder, config, network, shapes)
+        config.progress_monitor = _monitor(trt, report)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise failure("building the engine", logger)
+        graph_name = f"rank{request.rank}.engine"
+        with writer.open(graph_name) as file:
+            file.write(memoryview(plan))
+        writer.write(f"rank{request.rank}.layers.json", json.dumps(describe_layers(network, model)))
+        del parser, weights
+    return EngineConfig(
+        mxcompile_version=request.mxcompile_version,
+        target=request.target,
+        model=request.model,
+        dtype=request.dtype,
+        mapping=request.mapping,
+        limits=Limits(request.max_batch_size, request.max_seq_len, chunk),
+        inputs=[_port(value) for value in model.graph.inputs],
+        outputs=[_port(value) for value in model.graph.outputs],
+        states=list(_states(model.graph)),
+        ranks=[RankFiles(request.rank, graph_name)],
+        checkpoint=request.checkpoint,
+        versions={request.target: trt.__version__, "plugins_tensorrt_headers": plugins.headers} | request.versions,
+        options={
+            "gpu": request.gpu.name,
+            "compute_capability": request.gpu.capability,
+            "max_positions": shapes.max_positions,
+            "warnings": logger.warnings[:20],
+        },
+    )
+
+
+def _load(target: str, plugin_folder: Path | None) -> tuple[Any, Any]:
+    from plugins.errors import PluginsError
+    from plugins.tensorrt_runtime import load_plugins, load_tensorrt
+
+    try:
+        trt = load_tensorrt(target)
+        return trt, load_plugins(trt, plugin_folder)
+    except PluginsError as error:
+        raise EngineError(str(error), exit_code=ENVIRONMENT) from error
+
+
+def _arrays(model: ir.Model, parking: Any, report: Progress) -> Iterator[tuple[str, np.ndarray]]:
+    """Mapped arrays of all large initializers, which become references in the graph."""
+    large = [value for value in model.graph.initializers.values() if _is_large(value)]
+    total = sum(value.const_value.nbytes for value in large if value.const_value is not None)
+    done = 0
+    for value in large:
+        tensor = value.const_value
+        assert tensor is not None
+        assert value.name is not None
+        dtype = tensor.dtype.numpy()
+        shape = tuple(tensor.shape.numpy())
+        if isinstance(tensor, ir.ExternalTensor):
+            array = _mapped(str(tensor.path), tensor.offset or 0, dtype, shape)
+        else:
+            offset = parking.seek(0, 2)
+            parking.write(b"\0" * (-offset % 64))
+            offset = parking.tell()
+            parking.write(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
+            parking.flush()
+            array = _mapped(parking.fileno(), offset, dtype, shape)
+        value.const_value = ir.ExternalTensor(
+            "bound", 0, array.nbytes, tensor.dtype, shape=tensor.shape, name=value.name
+        )
+        done += array.nbytes
+        report("bind weights", done, total)
+        yield value.name, array
+
+
+def _is_large(value: ir.Value) -> bool:
+    tensor = value.const_value
+    if tensor is None:
+        raise EngineError(f"weight {value.name} has no bytes; bind the graph to a checkpoint before building")
+    return isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor)) or tensor.nbytes > INLINE_LIMIT
+
+
+def _mapped(file: str | int, offset: int, dtype: Any, shape: Sequence[int]) -> np.ndarray:
+    source: Any = file if isinstance(file, str) else f"/proc/self/fd/{file}"
+    return (
+        np.asarray(np.memmap(source, np.uint8, "r", offset, int(np.prod(shape)) * dtype.itemsize))
+        .view(dtype)
+        .reshape(shape)
+    )
+
+
+def _monitor(trt: Any, report: Progress) -> Any:
+    """TensorRT's progress as ours: its outermost phase counts."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.outermost: str | None = None
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.outermost, self.steps[name] = name, steps
+                report("build", 0, steps)
+
+        def phase_finish(self, name: str) -> None:
+            if name == self.outermost:
+                report("build", self.steps[name], self.steps[name])
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if name == self.outermost:
+                report("build", step, self.steps[name])
+            return True  # go on
+
+    return Monitor()

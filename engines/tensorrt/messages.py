@@ -1,0 +1,42 @@
+"""What TensorRT says while it works, kept to explain a failure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engines.errors import EngineError
+
+# Said about every engine of ours and about nothing that matters.
+_EXPECTED = ("has Int64 binding", "not found in plugin node")
+# TensorRT-RTX looks for a driver even when it builds ahead of time.
+_NO_DRIVER = "CUDA driver version is insufficient"
+
+
+def make_logger(trt: Any, verbose: bool = False) -> Any:
+    """A TensorRT logger that collects errors and warnings in `.errors` and `.warnings`, and prints only when `verbose`."""
+
+    class Collector(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if any(part in message for part in _EXPECTED):
+                return
+            if severity <= trt.ILogger.ERROR:
+                if _NO_DRIVER not in message:
+                    self.errors.append(message)
+            elif severity == trt.ILogger.WARNING:
+                self.warnings.append(message)
+            if verbose and severity <= trt.ILogger.INFO:
+                print(f"TensorRT: {message}")
+
+    return Collector()
+
+
+def failure(doing: str, logger: Any) -> EngineError:
+    """An error that says what failed and TensorRT's first reason."""
+    reason = logger.errors[0] if logger.errors else "TensorRT gave no reason"
+    more = f" (and {len(logger.errors) - 1} more messages)" if len(logger.errors) > 1 else ""
+    return EngineError(f"TensorRT failed {doing}: {reason}{more}")

@@ -1,0 +1,58 @@
+"""From a lowered ONNX graph to a TensorRT network, with weights taken where they lie."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from engines.tensorrt.messages import failure
+
+INLINE_LIMIT = 1024  # constants up to this many bytes travel inside the graph
+
+
+def parse(trt: Any, network: Any, logger: Any, model: ir.Model, weights: dict[str, np.ndarray]) -> Any:
+    """Fill `network` from `model`; `weights` are the arrays of its external initializers by name.
+
+    TensorRT keeps pointers to the arrays: they must live until the engine is built. Returns the parser, which must live as long.
+    Raises EngineError with the parser's reason.
+    """
+    parser = trt.OnnxParser(network, logger)
+    proto = ir.serde.serialize_model(model).SerializeToString()
+    if not parser.load_model_proto(proto):
+        raise failure("reading the graph", logger)
+    for name, array in weights.items():
+        if not parser.load_initializer(name, array.ctypes.data, array.nbytes):
+            raise failure(f"taking weight {name}", logger)
+    if not parser.parse_model_proto():
+        for index in range(parser.num_errors):
+            error = parser.get_error(index)
+            logger.errors.insert(
+                0, f"{error.node_operator()} node {error.node_name()}: {error.desc()}".replace("\n", " ")
+            )
+        raise failure("parsing the graph", logger)
+    return parser
+
+
+def describe_layers(network: Any, model: ir.Model) -> list[dict[str, Any]]:
+    """The network's layers for `mxcompile inspect`: name, type, plugin operator, and type and shape of what they give out."""
+    operators = {node.name: node.op_type for node in model.graph}  # the parser names a layer after its node
+    layers = []
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+        kind = str(layer.type).rsplit(".", 1)[-1]
+        layers.append(
+            {
+                "name": layer.name,
+                "type": kind,
+                "plugin": operators.get(layer.name) if kind.startswith("PLUGIN") else None,
+                "outputs": [
+                    {"dtype": str(out.dtype).rsplit(".", 1)[-1].lower(), "dims": list(out.shape)}
+                    for out in outputs
+                    if out is not None
+                ],
+            }
+        )
+    return layers
