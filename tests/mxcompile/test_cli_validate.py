@@ -44,9 +44,3 @@ def test_an_engine_of_another_checkpoint(mxcompile, engine, tmp_path):
     found = json.loads(differs.stdout)
     assert found["passed"] is False
     assert found["fault"]["layer"] == 0
-
-
-def test_a_file_that_cannot_be_written_is_refused_before_the_work(mxcompile, engine, tiny_checkpoint, tmp_path):
-    done = mxcompile("validate", engine, "--against", tiny_checkpoint, "--html", tmp_path / "absent" / "v.html")
-    assert done.returncode == 2
-    assert "its folder does not exist" in done.stderr
