@@ -29,7 +29,7 @@ from model_defs.checkpoint.names import layer_of
 from model_defs.config import ModelConfig
 from model_defs.constants import decay_slopes
 
-# mean over positions of the largest |logit|, as measured in the released model family (facts, 2 and 4)
+# Largest |logit| of a position, mean over positions: the scale that tolerances of this project are stated at.
 LOGIT_SCALE = 6.0
 
 # Output size c of each projection for an input of unit size.

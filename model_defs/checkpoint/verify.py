@@ -64,7 +64,7 @@ def verify(
         if scan_values and entry.dtype in _EXPONENT_BITS:
             fault = _value_fault(checkpoint.array(entry.name), entry.dtype)
             if fault:
-                problems.append(Problem("not finite", entry.name, f"tensor {entry.name} in {entry.file.name} {fault}"))
+                problems.append(Problem("values", entry.name, f"tensor {entry.name} in {entry.file.name} {fault}"))
         done += entry.nbytes
         if on_progress:
             on_progress(done, total, entry.name)
