@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from model_defs.config import LayerKind, ModelConfig, ResidualScale
 from model_defs.errors import ConfigError
 
@@ -16,7 +18,7 @@ def deepnorm_alpha(num_layers: int) -> float:
     return (2 * num_layers) ** 0.25
 
 
-def _hybrid(num_layers: int, *, family: str = "text-01", **sizes: int) -> ModelConfig:
+def _hybrid(num_layers: int, *, family: str = "text-01", **sizes: Any) -> ModelConfig:
     scale = ResidualScale(deepnorm_alpha(num_layers), 1.0)
     return ModelConfig(
         family=family,
