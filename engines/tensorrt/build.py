@@ -149,7 +149,7 @@ def _arrays(model: ir.Model, parking: Any, report: Progress) -> Iterator[tuple[s
             parking.flush()
             array = _mapped(parking.fileno(), offset, dtype, shape)
         value.const_value = ir.ExternalTensor(
-            "bound", 0, array.nbytes, tensor.dtype, shape=tensor.shape, name=value.name
+            "bound", 0, array.nbytes, tensor.dtype, shape=ir.Shape(shape), name=value.name
         )
         done += array.nbytes
         report("bind weights", done, total)
@@ -175,7 +175,7 @@ def _mapped(file: str | int, offset: int, dtype: Any, shape: Sequence[int]) -> n
 def _monitor(trt: Any, report: Progress) -> Any:
     """TensorRT's progress as ours: its outermost phase counts."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}

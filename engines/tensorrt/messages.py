@@ -15,7 +15,7 @@ _NO_DRIVER = "CUDA driver version is insufficient"
 def make_logger(trt: Any, verbose: bool = False) -> Any:
     """A TensorRT logger that collects errors and warnings in `.errors` and `.warnings`, and prints only when `verbose`."""
 
-    class Collector(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Collector(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
