@@ -63,7 +63,7 @@ def has_gpu() -> bool:
 def plugin_build() -> BuildResult:
     """The whole library, for one architecture; a later run takes it as it is."""
     try:
-        return build(wanted_architectures(), TEST_BUILD_DIR, jobs=2)
+        return build(wanted_architectures(), TEST_BUILD_DIR)
     except ToolchainError as error:
         pytest.skip(str(error))
 
