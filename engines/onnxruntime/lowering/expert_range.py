@@ -93,7 +93,6 @@ class _Put:
         return new.outputs[0]
 
     def zeros_like(self, value: ir.Value) -> ir.Value:
-        # Not value - value: ONNX Runtime 1.31 then overwrites the value in place while others still read it.
         return self("ConstantOfShape", self("Shape", value), value=ir.tensor(np.zeros(1, np.float32)))
 
     def const(self, value: Any) -> ir.Value:
