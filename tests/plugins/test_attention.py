@@ -108,7 +108,13 @@ def make_case(
 
 
 def run(
-    host: ctypes.CDLL, case: Case, element_type: str, splits: int, schedule: int = 0, wide: bool = False, **changes: object
+    host: ctypes.CDLL,
+    case: Case,
+    element_type: str,
+    splits: int,
+    schedule: int = 0,
+    wide: bool = False,
+    **changes: object,
 ) -> npt.NDArray[np.generic]:
     code, element, _ = DTYPES[element_type]
     batch, heads, tokens, head_dim = case.q_BHTK.shape
