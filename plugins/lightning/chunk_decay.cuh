@@ -25,10 +25,6 @@ struct ChunkDecay {
 struct DecayTable {
     float power[kLightningChunk + 1];  // exp(-slope * i)
     float padding[3];
-
-    MXC_DEVICE void fill(float slope, int thread, int threads) {
-        for (int i = thread; i <= kLightningChunk; i += threads) power[i] = expf(-slope * static_cast<float>(i));
-    }
 };
 
 // Called by all lanes of one warp. `log_decay` points at the chunk's first token of this head (stride `heads`), or is
@@ -82,17 +78,10 @@ struct DecayReader {
     }
 };
 
-// One element of P: score * scale * exp(G_i - G_j) for j <= i, else 0. Written without branches (`per_token` is the same for all
-// threads): the lookup is clamped and the result selected, so that an overflowed product above the diagonal cannot become NaN.
-template <bool kPerToken>
-MXC_DEVICE float decayedScore(const ChunkDecay& decay, const DecayTable& table, float score, float scale, int i, int j) {
-    float between;
-    if constexpr (kPerToken) {
-        between = expf(fminf(decay.cumulative[i] - decay.cumulative[j], 0.0f));
-    } else {
-        between = table.power[i > j ? i - j : 0];
-    }
-    return j <= i ? score * (scale * between) : 0.0f;
+// exp(G_i - G_j) for j <= i, else 0.
+MXC_DEVICE float decayBetween(const ChunkDecay& decay, const DecayTable& table, bool per_token, int i, int j) {
+    if (j > i) return 0.0f;
+    return per_token ? expf(fminf(decay.cumulative[i] - decay.cumulative[j], 0.0f)) : table.power[i - j];
 }
 
 }  // namespace mxc

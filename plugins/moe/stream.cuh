@@ -25,7 +25,6 @@ struct MoeStream {
     static constexpr int kSharedBytes = kWarps * kTiles * 4 * 32 * 4;
     static constexpr int kLoads = kInt8 ? 1 : 2;  // 16-byte loads per weight row and step
     static constexpr int kWeightBytes = kInt8 ? 1 : 2;
-    static constexpr int kDepth = kInt8 ? 2 : 1;  // steps fetched ahead: 64 bytes per thread
 
     // Column, within a step, of the 8 that a lane feeds to mma pair `piece`.
     static MXC_DEVICE int columnOf(int piece, int t) { return kInt8 ? 16 * t + 8 * piece : 32 * piece + 8 * t; }
@@ -77,31 +76,32 @@ struct MoeStream {
     template <int kCount>
     static MXC_DEVICE void multiply(const Position& at, const uint16_t* const (&tokens)[kTiles],
                                     float (&sum)[kTiles][4]) {
-        constexpr int kStride = kWarps * kColumns;
-        Weights ahead[kDepth];
+        Weights next;
+        fetch(at, at.warp * kColumns, next);
+        for (int column0 = at.warp * kColumns; column0 < at.columns; column0 += kWarps * kColumns) {
+            const Weights weights = next;
+            fetch(at, column0 + kWarps * kColumns, next);
+            uint4 x[kCount][2];
 #pragma unroll
-        for (int i = 0; i < kDepth; ++i) fetch(at, at.warp * kColumns + i * kStride, ahead[i]);
-        for (int column0 = at.warp * kColumns; column0 < at.columns; column0 += kStride) {
-            const Weights weights = ahead[0];
+            for (int tile = 0; tile < kCount; ++tile) {
 #pragma unroll
-            for (int i = 1; i < kDepth; ++i) ahead[i - 1] = ahead[i];
-            fetch(at, column0 + kDepth * kStride, ahead[kDepth - 1]);
+                for (int piece = 0; piece < 2; ++piece) {
+                    const int column = column0 + columnOf(piece, at.t);
+                    x[tile][piece] = tokens[tile] != nullptr && column < at.columns
+                                         ? loadCached16(tokens[tile] + column)
+                                         : make_uint4(0u, 0u, 0u, 0u);
+                }
+            }
 #pragma unroll
             for (int piece = 0; piece < 2; ++piece) {
-                const int column = column0 + columnOf(piece, at.t);
-                uint4 x[kCount];
-#pragma unroll
-                for (int tile = 0; tile < kCount; ++tile) {
-                    x[tile] = tokens[tile] != nullptr && column < at.columns ? loadCached16(tokens[tile] + column)
-                                                                             : make_uint4(0u, 0u, 0u, 0u);
-                }
 #pragma unroll
                 for (int part = 0; part < 2; ++part) {
                     uint32_t a[4];
                     fragment(weights, piece, part, a);
 #pragma unroll
                     for (int tile = 0; tile < kCount; ++tile) {
-                        mma16816<Element>(sum[tile], a, word(x[tile], 2 * part), word(x[tile], 2 * part + 1));
+                        mma16816<Element>(sum[tile], a, word(x[tile][piece], 2 * part),
+                                          word(x[tile][piece], 2 * part + 1));
                     }
                 }
             }
