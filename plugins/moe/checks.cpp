@@ -80,8 +80,6 @@ MoeShape moeShape(const MoeParams& params) noexcept {
     shape.tokens = params.tokens;
     shape.experts = params.experts;
     shape.top_k = params.top_k;
-    shape.hidden = params.hidden;
-    shape.inner = params.inner;
     shape.int8_weights = params.weight_dtype == DType::kInt8;
     shape.bfloat16 = params.dtype == DType::kBFloat16;
     return shape;

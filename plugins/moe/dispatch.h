@@ -17,8 +17,6 @@ struct MoeShape {
     int32_t tokens = 0;
     int32_t experts = 0;  // routed over
     int32_t top_k = 0;
-    int32_t hidden = 0;
-    int32_t inner = 0;
     bool int8_weights = false;
     bool bfloat16 = true;
 };

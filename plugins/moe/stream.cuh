@@ -3,8 +3,8 @@
 // A block owns 16 weight rows of one expert with at least one token; its 8 warps share the columns in turn, 64 at a
 // time. Weights go from global memory to the mma's A registers 16 bytes at a time, without shared memory. That works
 // because a dot product does not care about the order of its terms: lane t of a quad holds 8 (bf16) or 16 (int8)
-// neighbouring columns, and the tokens are read with the same order. The next 64 columns are fetched before the current
-// ones are used. The warps' sums meet in shared memory and are added in a fixed order.
+// neighbouring columns, and the tokens are read with the same order. The next 64 columns (int8: 128) are fetched before the
+// current ones are used. The warps' sums meet in shared memory and are added in a fixed order.
 //
 // Rows beyond kMaxRows of one expert are done in further passes over the weights: right, but slow; planMoe avoids it.
 #pragma once
@@ -25,6 +25,7 @@ struct MoeStream {
     static constexpr int kSharedBytes = kWarps * kTiles * 4 * 32 * 4;
     static constexpr int kLoads = kInt8 ? 1 : 2;  // 16-byte loads per weight row and step
     static constexpr int kWeightBytes = kInt8 ? 1 : 2;
+    static constexpr int kDepth = kInt8 ? 2 : 1;  // steps fetched ahead: 64 bytes per thread
 
     // Column, within a step, of the 8 that a lane feeds to mma pair `piece`.
     static MXC_DEVICE int columnOf(int piece, int t) { return kInt8 ? 16 * t + 8 * piece : 32 * piece + 8 * t; }
@@ -76,32 +77,31 @@ struct MoeStream {
     template <int kCount>
     static MXC_DEVICE void multiply(const Position& at, const uint16_t* const (&tokens)[kTiles],
                                     float (&sum)[kTiles][4]) {
-        Weights next;
-        fetch(at, at.warp * kColumns, next);
-        for (int column0 = at.warp * kColumns; column0 < at.columns; column0 += kWarps * kColumns) {
-            const Weights weights = next;
-            fetch(at, column0 + kWarps * kColumns, next);
-            uint4 x[kCount][2];
+        constexpr int kStride = kWarps * kColumns;
+        Weights ahead[kDepth];
 #pragma unroll
-            for (int tile = 0; tile < kCount; ++tile) {
+        for (int i = 0; i < kDepth; ++i) fetch(at, at.warp * kColumns + i * kStride, ahead[i]);
+        for (int column0 = at.warp * kColumns; column0 < at.columns; column0 += kStride) {
+            const Weights weights = ahead[0];
 #pragma unroll
-                for (int piece = 0; piece < 2; ++piece) {
-                    const int column = column0 + columnOf(piece, at.t);
-                    x[tile][piece] = tokens[tile] != nullptr && column < at.columns
-                                         ? loadCached16(tokens[tile] + column)
-                                         : make_uint4(0u, 0u, 0u, 0u);
-                }
-            }
+            for (int i = 1; i < kDepth; ++i) ahead[i - 1] = ahead[i];
+            fetch(at, column0 + kDepth * kStride, ahead[kDepth - 1]);
 #pragma unroll
             for (int piece = 0; piece < 2; ++piece) {
+                const int column = column0 + columnOf(piece, at.t);
+                uint4 x[kCount];
+#pragma unroll
+                for (int tile = 0; tile < kCount; ++tile) {
+                    x[tile] = tokens[tile] != nullptr && column < at.columns ? loadCached16(tokens[tile] + column)
+                                                                             : make_uint4(0u, 0u, 0u, 0u);
+                }
 #pragma unroll
                 for (int part = 0; part < 2; ++part) {
                     uint32_t a[4];
                     fragment(weights, piece, part, a);
 #pragma unroll
                     for (int tile = 0; tile < kCount; ++tile) {
-                        mma16816<Element>(sum[tile], a, word(x[tile][piece], 2 * part),
-                                          word(x[tile][piece], 2 * part + 1));
+                        mma16816<Element>(sum[tile], a, word(x[tile], 2 * part), word(x[tile], 2 * part + 1));
                     }
                 }
             }
