@@ -24,7 +24,7 @@ from engines.onnxruntime.state import OrtState
 from engines.onnxruntime.weights import map_weights
 
 MINIMUM_ORT = (1, 31)
-PREFILL_GRAPH_FROM = 4  # tokens of a run (rows times tokens) from which the prefill graph is faster
+PREFILL_GRAPH_FROM = 8  # tokens of a run (rows times tokens) from which the prefill graph is faster
 Verify = Literal["quick", "full"]
 
 

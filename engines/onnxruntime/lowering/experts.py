@@ -1,7 +1,7 @@
 """`com.microsoft::MoE` -> tokens sorted by expert, and plain matrix products per expert; for several tokens at once.
 
-ONNX Runtime's MoE node never packs its weights and runs its activation one value at a time. From about four
-tokens on, packed products in the order of the experts take 0.55 to 0.75 of its time
+ONNX Runtime's MoE node never packs its weights and runs its activation one value at a time. From eight or so
+tokens on, packed products in the order of the experts take 0.6 to 0.8 of its time
 (`docs/lowering-onnxruntime.md`); for single tokens the node is the faster one, so decode keeps it.
 
 Rules:
