@@ -98,14 +98,18 @@ int host_check(const mxc::MoeParams* params, int capability) {
     return static_cast<int>(mxc::chooseMoePlan(*params, mxc::moeEnvironment(), capability, plan));
 }
 
-// As launchMoe, on the CPU.
-int host_moe(const mxc::MoeParams* params, int schedule) {
+// As launchMoe, on the CPU; in pieces of so many tokens where piece_tokens is not 0.
+int host_moe(const mxc::MoeParams* params, int piece_tokens, int schedule) {
     mxc::Status status = mxc::checkMoeShape(*params);
     if (status == mxc::Status::kOk) status = mxc::checkMoePointers(*params);
     if (status != mxc::Status::kOk || params->tokens == 0) return static_cast<int>(status);
     mxc::MoePlan plan;
     status = mxc::chooseMoePlan(*params, mxc::moeEnvironment(), 90, plan);
     if (status != mxc::Status::kOk) return static_cast<int>(status);
+    if (piece_tokens > 0) {
+        plan.piece_tokens = piece_tokens;
+        plan.pieces = (params->tokens + piece_tokens - 1) / piece_tokens;
+    }
     EmulatedRunner runner{schedule};
     return static_cast<int>(mxc::runMoe(*params, plan, runner));
 }

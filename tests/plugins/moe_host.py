@@ -206,12 +206,12 @@ def prepare(case: Case, first: int = 0, count: int = 0, *, workspace: bool = Tru
 
 
 def run(
-    case: Case, path: str | None = None, *, first: int = 0, count: int = 0, schedule: int = 0
+    case: Case, path: str | None = None, *, first: int = 0, count: int = 0, piece_tokens: int = 0, schedule: int = 0
 ) -> npt.NDArray[np.generic]:
-    """The emulated launch: [N, D] in the tokens' type. `path` None: as planned."""
+    """The emulated launch: [N, D] in the tokens' type. `path` None, `piece_tokens` 0: as planned."""
     with environment(MXC_MOE_PATH=path, MXC_MOE_SM90=None):
         call = prepare(case, first, count)
-        status = library().host_moe(ctypes.byref(call.params), schedule)
+        status = library().host_moe(ctypes.byref(call.params), piece_tokens, schedule)
     assert status == OK, last_error()
     call.check_guards()
     return call.out

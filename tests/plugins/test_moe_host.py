@@ -112,6 +112,21 @@ def test_workspace_is_enough_for_every_plan(tokens: int, sm90: str | None) -> No
         assert library().host_check(ctypes.byref(call.params), 90) == OK, last_error()
 
 
+def test_a_workspace_for_the_portable_kernels_falls_back_to_them() -> None:
+    """MXC_MOE_SM90 set only at the launch: the portable kernels run in the workspace there is."""
+    call = prepare(make_case(0, 1, 16, 16, 4, 2))
+    call.params.tokens = 4096
+    for i, name in enumerate((*POINTERS, "workspace")):
+        setattr(call.params, name, (i + 1) << 40)
+    with environment(MXC_MOE_SM90=None, MXC_MOE_PATH=None):
+        call.params.workspace_bytes = workspace(call.params)
+    with environment(MXC_MOE_SM90="1", MXC_MOE_PATH=None):
+        assert workspace(call.params) > call.params.workspace_bytes
+        assert library().host_check(ctypes.byref(call.params), 90) == OK, last_error()
+        call.params.workspace_bytes -= 1
+        assert library().host_check(ctypes.byref(call.params), 90) == WORKSPACE
+
+
 REFUSED = [
     ({"tokens": -1}, INVALID, "tokens -1 is negative"),
     ({"experts": 0}, INVALID, "0 experts"),

@@ -71,6 +71,27 @@ def test_one_expert_gets_most_tokens(path: str, tokens: int, int8: bool) -> None
     assert relative_rms(run(case, path), mixture_of_experts(case)) <= TOLERANCE["bfloat16"]
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("experts", "top_k", "skew"), [(70, 3, 0.0), (256, 8, 0.0), (100, 1, -1.0)])
+def test_many_experts(path: str, experts: int, top_k: int, skew: float) -> None:
+    """More experts than a warp has lanes; with skew -1 the last ones get all tokens."""
+    case = make_case(experts, 30, 16, 24, experts, top_k, skew=skew)
+    assert relative_rms(run(case, path), mixture_of_experts(case)) <= TOLERANCE["bfloat16"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_pieces(path: str) -> None:
+    """Tokens are independent: any cut gives the same bits where each piece takes the same path."""
+    case = make_case(1, 45, 64, 32, 5, 2)
+    whole = run(case, path)
+    for piece_tokens in (44, 20, 7):
+        found = run(case, path, piece_tokens=piece_tokens)
+        if path == "stream":  # other kernels for up to 8 tokens; the sums are the same
+            assert relative_rms(found, mixture_of_experts(case)) <= TOLERANCE["bfloat16"]
+        else:
+            np.testing.assert_array_equal(found.view(np.uint16), whole.view(np.uint16))
+
+
 def test_token_bands() -> None:
     """More token tiles of one expert than a band holds."""
     case = make_case(4, 64 * 17 + 5, 8, 8, 2, 1, skew=20.0)
