@@ -50,23 +50,27 @@ struct Arena {
     }
 };
 
-// Problem shapes, pointers, strides (per expert) and CUTLASS' own tensor maps (per multiprocessor): far below this.
-constexpr size_t kGroupedBytes = size_t{2} << 20;
+// Problem shapes, pointers and strides (per expert) and CUTLASS' own tensor maps (per multiprocessor): far below this.
+constexpr size_t kGroupedBytes = size_t{1} << 20;
 
-size_t layOut(const MoeParams& params, int32_t tokens, bool sm90, char* base, MoeArgs& args) noexcept {
+// Lays out what every path needs, so that the size depends on nothing but shapes and types: whoever reserved the memory
+// need not know which path a launch will take. The sm_90a path's gathered rows die before inner_rows are written, and
+// its gate_up before out_rows are: they share memory.
+size_t layOut(const MoeParams& params, int32_t tokens, char* base, MoeArgs& args) noexcept {
     const size_t pairs = static_cast<size_t>(tokens) * static_cast<size_t>(params.top_k);
     const size_t hidden = static_cast<size_t>(params.hidden), inner = static_cast<size_t>(params.inner);
+    const bool sm90 = moeSm90Fits(moeShape(params), 90);
     Arena arena{base};
     args.pair_weight = arena.take<float>(pairs);
     args.pair_expert = arena.take<int32_t>(pairs);
     args.pair_row = arena.take<int32_t>(pairs);
     args.row_token = arena.take<int32_t>(pairs);
     args.offsets = arena.take<int32_t>(static_cast<size_t>(localExperts(params)) + 1);
-    args.inner_rows = arena.take<uint16_t>(pairs * inner);
-    args.out_rows = arena.take<float>(pairs * hidden);
+    args.inner_rows = arena.take<uint16_t>(pairs * (sm90 ? std::max(inner, hidden) : inner));
+    args.out_rows = arena.take<float>(pairs * (sm90 ? std::max(hidden, inner) : hidden));
     if (sm90) {
-        args.x_rows = reinterpret_cast<uint16_t*>(args.out_rows);
-        args.gate_up = arena.take<uint16_t>(pairs * 2 * inner);
+        args.x_rows = args.inner_rows;
+        args.gate_up = reinterpret_cast<uint16_t*>(args.out_rows);
         args.grouped = arena.take<char>(kGroupedBytes);
         args.grouped_bytes = kGroupedBytes;
     }
@@ -85,18 +89,14 @@ MoeShape moeShape(const MoeParams& params) noexcept {
     return shape;
 }
 
-size_t moePieceWorkspace(const MoeParams& params, int32_t tokens, bool sm90) noexcept {
+size_t moePieceWorkspace(const MoeParams& params, int32_t tokens) noexcept {
     MoeArgs args;
-    return layOut(params, tokens, sm90, nullptr, args);
+    return layOut(params, tokens, nullptr, args);
 }
 
-size_t moePlanWorkspace(const MoeParams& params, const MoePlan& plan) noexcept {
-    return moePieceWorkspace(params, plan.piece_tokens, plan.path == MoePath::kSm90);
-}
-
-MoeArgs moePieceArgs(const MoeParams& params, int32_t first, int32_t tokens, bool sm90) noexcept {
+MoeArgs moePieceArgs(const MoeParams& params, int32_t first, int32_t tokens) noexcept {
     MoeArgs args;
-    layOut(params, tokens, sm90, static_cast<char*>(params.workspace), args);
+    layOut(params, tokens, static_cast<char*>(params.workspace), args);
     const int64_t start = first;
     args.x = static_cast<const uint16_t*>(params.x_ND) + start * params.hidden;
     args.logits =
@@ -209,7 +209,7 @@ Status checkMoePlan(const MoeParams& params, const MoePlan& plan, int32_t comput
         return fail(Status::kArchitecture,
                     "%s: the sm_90a kernels need compute capability 9.0, bf16 tokens and bf16 weights", kName);
     }
-    const size_t needed = moePlanWorkspace(params, plan);
+    const size_t needed = moePieceWorkspace(params, plan.piece_tokens);
     const size_t given = params.workspace == nullptr ? 0 : params.workspace_bytes;
     if (given < needed)
         return fail(Status::kWorkspace, "%s: the workspace has %zu bytes, %zu are needed", kName, given, needed);
@@ -234,21 +234,13 @@ Status chooseMoePlan(const MoeParams& params, const MoeEnvironment& environment,
         return fail(kBad, "%s: MXC_MOE_PATH names no path; use stream, grouped64, grouped128 or sm90", kName);
     }
     plan = planMoe(shape, compute_capability, environment.sm90);
-    if (plan.path == MoePath::kSm90 && params.workspace_bytes < moePlanWorkspace(params, plan)) {
-        plan = planMoe(shape, compute_capability, false);  // a workspace sized without them
-    }
     if (environment.path_named) plan.path = environment.path;
     return checkMoePlan(params, plan, compute_capability);
 }
 
 size_t moeWorkspaceBytes(const MoeParams& params) noexcept {
-    if (checkMoeShape(params) != Status::kOk) return 0;
-    const MoeEnvironment environment = moeEnvironment();
-    MoeShape shape = moeShape(params);
-    shape.tokens = std::min(shape.tokens, kMoePieceTokens);
-    const bool sm90 = environment.path_named ? environment.path_known && environment.path == MoePath::kSm90
-                                             : planMoe(shape, 90, environment.sm90).path == MoePath::kSm90;
-    return shape.tokens == 0 ? 0 : moePieceWorkspace(params, shape.tokens, sm90);
+    if (checkMoeShape(params) != Status::kOk || params.tokens == 0) return 0;
+    return moePieceWorkspace(params, std::min(params.tokens, kMoePieceTokens));
 }
 
 }  // namespace mxc

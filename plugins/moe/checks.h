@@ -28,7 +28,4 @@ MoeEnvironment moeEnvironment() noexcept;
 Status chooseMoePlan(const MoeParams& params, const MoeEnvironment& environment, int32_t compute_capability,
                      MoePlan& plan) noexcept;
 
-// Bytes that `plan` uses.
-size_t moePlanWorkspace(const MoeParams& params, const MoePlan& plan) noexcept;
-
 }  // namespace mxc

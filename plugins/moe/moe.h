@@ -32,9 +32,9 @@ struct MoeParams {
     int32_t inner = 0;
     int32_t experts = 0;  // routed over (columns of the logits)
     int32_t top_k = 2;
-    int32_t first_local =
-        0;  // this rank holds experts [first_local, first_local + local_experts); the weights hold only those
-    int32_t local_experts = 0;  // 0 means all
+    // This rank holds experts [first_local, first_local + local_experts); the weights hold only those. 0 means all.
+    int32_t first_local = 0;
+    int32_t local_experts = 0;
     bool normalize = true;
     DType dtype = DType::kBFloat16;
     DType weight_dtype = DType::kBFloat16;  // dtype, or kInt8 for weight-only quantization
@@ -49,9 +49,8 @@ struct MoeParams {
 // A NaN logit makes the weights of its token NaN (as softmax does), orders below every number, and touches no other
 // token.
 
-// Bytes of scratch for at most `tokens` tokens; monotone in tokens and bounded: many tokens are done in pieces. 0 for
-// parameters that launchMoe refuses. Only shapes and types are looked at. Set MXC_MOE_SM90 the same way here and at the
-// launch.
+// Bytes of scratch for at most `tokens` tokens: enough for every path, monotone in tokens and bounded (many tokens are
+// done in pieces). A function of shapes and types alone. 0 for no tokens, and for parameters that launchMoe refuses.
 size_t moeWorkspaceBytes(const MoeParams& params) noexcept;
 
 // Deterministic: equal inputs give bit-equal outputs. Tokens none of whose experts are local get zeros.

@@ -30,8 +30,8 @@ struct MoeArgs {
     uint16_t* inner_rows = nullptr;  // [R, I] silu(gate) * up
     float* out_rows = nullptr;       // [R, D] what each expert gives, not yet weighted
     // sm_90a only
-    uint16_t* x_rows = nullptr;   // [R, D]; shares the memory of out_rows, which is written after its last use
-    uint16_t* gate_up = nullptr;  // [R, 2I]
+    uint16_t* x_rows = nullptr;   // [R, D]; shares the memory of inner_rows, which are written after its last use
+    uint16_t* gate_up = nullptr;  // [R, 2I]; shares the memory of out_rows likewise
     void* grouped = nullptr;      // argument arrays of the grouped GEMM
     size_t grouped_bytes = 0;
 
@@ -47,11 +47,11 @@ struct MoeArgs {
     int32_t scale_dtype = 0;
 };
 
-// Scratch for `tokens` tokens of one piece; with sm90 also what the sm_90a path needs.
-size_t moePieceWorkspace(const MoeParams& params, int32_t tokens, bool sm90) noexcept;
+// Scratch for `tokens` tokens of one piece, whatever the path.
+size_t moePieceWorkspace(const MoeParams& params, int32_t tokens) noexcept;
 
 // The arguments of the piece of `tokens` tokens that starts at `first`.
-MoeArgs moePieceArgs(const MoeParams& params, int32_t first, int32_t tokens, bool sm90) noexcept;
+MoeArgs moePieceArgs(const MoeParams& params, int32_t first, int32_t tokens) noexcept;
 
 MoeShape moeShape(const MoeParams& params) noexcept;
 

@@ -96,8 +96,7 @@ template <class Element, class Runner>
 Status runMoeElement(const MoeParams& params, const MoePlan& plan, Runner& runner) {
     for (int32_t first = 0; first < params.tokens; first += plan.piece_tokens) {
         const int32_t left = params.tokens - first;
-        const MoeArgs args = moePieceArgs(params, first, left < plan.piece_tokens ? left : plan.piece_tokens,
-                                          plan.path == MoePath::kSm90);
+        const MoeArgs args = moePieceArgs(params, first, left < plan.piece_tokens ? left : plan.piece_tokens);
         Status status = runMoeRoute(args, plan.small_route, runner);
         if (status == Status::kOk) {
             status = params.weight_dtype == DType::kInt8 ? runMoeExperts<Element, true>(args, plan.path, runner)

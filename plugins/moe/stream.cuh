@@ -3,8 +3,8 @@
 // A block owns 16 weight rows of one expert with at least one token; its 8 warps share the columns in turn, 64 at a
 // time. Weights go from global memory to the mma's A registers 16 bytes at a time, without shared memory. That works
 // because a dot product does not care about the order of its terms: lane t of a quad holds 8 (bf16) or 16 (int8)
-// neighbouring columns, and the tokens are read with the same order. The next 64 columns (int8: 128) are fetched before the
-// current ones are used. The warps' sums meet in shared memory and are added in a fixed order.
+// neighbouring columns, and the tokens are read with the same order. The next 64 columns (int8: 128) are fetched before
+// the current ones are used. The warps' sums meet in shared memory and are added in a fixed order.
 //
 // Rows beyond kMaxRows of one expert are done in further passes over the weights: right, but slow; planMoe avoids it.
 #pragma once

@@ -119,7 +119,7 @@ int host_route(const mxc::MoeParams* params, int small, int schedule, float* pai
                int* pair_row, int* row_token, int* offsets) {
     const mxc::Status status = mxc::checkMoeShape(*params);
     if (status != mxc::Status::kOk) return static_cast<int>(status);
-    mxc::MoeArgs args = mxc::moePieceArgs(*params, 0, params->tokens, false);
+    mxc::MoeArgs args = mxc::moePieceArgs(*params, 0, params->tokens);
     args.pair_weight = pair_weight;
     args.pair_expert = pair_expert;
     args.pair_row = pair_row;
