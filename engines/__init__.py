@@ -18,6 +18,10 @@ def load(path: str | os.PathLike[str], **options: Any) -> Session:
     Raises EngineError when it is not an engine, is damaged, or its runtime is not installed (exit code 3).
     """
     config = read_config(path)
+    if config.target == "onnxruntime" and config.mapping.tp_size > 1:
+        from engines.parallel.session import load as load_parallel
+
+        return load_parallel(path, **options)
     if config.target == "onnxruntime":
         from engines.onnxruntime.session import load as load_onnxruntime
 

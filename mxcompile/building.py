@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from engines.config import Checkpoint as CheckpointReference
 from engines.config import EngineConfig
+from engines.config import Mapping as EngineMapping
 from engines.directory import EngineDirWriter
 from engines.errors import DISAGREEMENT, EngineError
 from mxcompile import __version__
 from mxcompile.errors import MxcompileError
-from mxcompile.exporting import DTYPES, bound_graph, check_choice, open_checkpoint, peak_memory
+from mxcompile.exporting import DTYPES, bound_graph, check_choice, graph, open_checkpoint, peak_memory
 from mxcompile.progress import Progress, SilentProgress, Stage, StageClock
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from engines.onnxruntime.build import BuildRequest
+    from export.parallel.plan import ShardingPlan
+    from model_defs.checkpoint.reader import Checkpoint
     from model_defs.config import ModelConfig
 
 TARGET_DTYPES = {"onnxruntime": ("float32",)}
@@ -62,6 +66,9 @@ def build(
     max_batch_size: int = 8,
     max_seq_len: int = 4096,
     prefill_chunk: int | None = None,
+    tp_size: int = 1,
+    moe_tp_size: int | None = None,
+    moe_ep_size: int | None = None,
     threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -73,6 +80,8 @@ def build(
         layers: take the first ones only; each computes what it does in the full model.
         max_seq_len: most tokens of one sequence, prompt and output together.
         prefill_chunk: tokens of one piece of a long prompt; default: the target's.
+        tp_size, moe_tp_size, moe_ep_size: ranks that share the model, and how they share the experts
+            (`export.parallel.mapping`).
         threads: CPU threads; default: the CPUs this process may use.
         force: replace an engine that is at `output`.
 
@@ -90,10 +99,10 @@ def build(
         with clock.stage("read"):
             opened, config = open_checkpoint(Path(checkpoint), layers)
             _check_limits(config, max_batch_size, max_seq_len, prefill_chunk)
+            plan = _sharding_plan(config, tp_size, moe_tp_size, moe_ep_size)
             fingerprint = opened.fingerprint()
         with clock.stage("trace"), _torch_threads(threads):
-            model = bound_graph(config, dtype, opened)
-        referenced = _referenced_bytes(model)
+            model = bound_graph(config, dtype, opened) if tp_size == 1 else graph(config, dtype)
 
         from engines.onnxruntime.build import DEFAULT_PREFILL_CHUNK, BuildRequest
         from engines.onnxruntime.build import build as build_engine
@@ -109,13 +118,18 @@ def build(
             taps=[tap(layer) for layer in range(config.num_layers) for tap in (hidden_tap, router_tap)],
             mxcompile_version=__version__,
             versions=_versions(),
+            mapping=EngineMapping(**dataclasses.asdict(plan.mapping)),
         )
         with _StageByName(clock) as report:
-            engine = build_engine(model, writer, request, report)
+            if tp_size == 1:
+                referenced = _referenced_bytes(model)
+                engine = build_engine(model, writer, request, report)
+            else:
+                engine, referenced = _build_ranks(model, plan, opened, writer, request, report)
         with clock.stage("build"):
             for file in opened.tokenizer_files:
                 writer.add(file.name, file)
-            engine = dataclasses.replace(engine, options={"layers": layers, "target": target})
+            engine = dataclasses.replace(engine, options=engine.options | {"layers": layers, "target": target})
             engine = writer.commit(engine)
     with clock.stage("verify"):
         _verify(Path(output), threads)
@@ -156,6 +170,44 @@ def _verify(engine_dir: Path, threads: int | None) -> None:
         raise
 
 
+def _sharding_plan(config: ModelConfig, tp_size: int, moe_tp_size: int | None, moe_ep_size: int | None) -> ShardingPlan:
+    """The plan, or the reason why there is none: sizes that do not divide, or no MPI to run what would be built."""
+    from export.parallel.mapping import ParallelMapping
+    from export.parallel.plan import ShardingPlan
+
+    plan = ShardingPlan(config, ParallelMapping.of(tp_size, moe_tp_size, moe_ep_size))
+    if tp_size > 1:
+        from engines.parallel.launch import find_launcher
+
+        find_launcher()
+    return plan
+
+
+def _build_ranks(
+    model: ir.Model,
+    plan: ShardingPlan,
+    checkpoint: Checkpoint,
+    writer: EngineDirWriter,
+    request: BuildRequest,
+    report: _StageByName,
+) -> tuple[EngineConfig, int]:
+    """All ranks' files from one trace; also the bytes that stay in the checkpoint, of all ranks together."""
+    from engines.parallel.build import build_ranks
+    from export.parallel.shard import shard
+    from export.parallel.weights import bind_rank_weights
+
+    referenced = 0
+
+    def graph_of(rank: int) -> ir.Model:
+        nonlocal referenced
+        mine = shard(model, plan, rank)
+        bind_rank_weights(mine, plan, rank, checkpoint)
+        referenced += _referenced_bytes(mine)
+        return mine
+
+    return build_ranks(graph_of, writer, request, report), referenced
+
+
 class _StageByName:
     """Turns the engine builders' callback (stage, done, total) into stages that follow each other."""
 
@@ -192,7 +244,7 @@ def _referenced_bytes(model: ir.Model) -> int:
 def _sizes(engine: EngineConfig) -> dict[str, int]:
     sizes = {"graph": 0, "weights": 0, "other": 0}
     for name, record in engine.files.items():
-        kind = "graph" if name.endswith(".onnx") else "weights" if ".weights." in name else "other"
+        kind = "graph" if name.endswith((".onnx", ".pieces")) else "weights" if ".weights." in name else "other"
         sizes[kind] += record.size
     return sizes | {"total": sum(sizes.values())}
 

@@ -14,7 +14,7 @@ import numpy as np
 from engines.config import EngineConfig
 from engines.directory import read_config, verify_files
 from engines.errors import EngineError
-from engines.interface import Positions, RowSnapshot, StepResult
+from engines.interface import Positions, RowSnapshot, State, StepResult
 from engines.parallel.heads import head_range, join
 from engines.parallel.launch import RankProcesses
 
@@ -103,7 +103,7 @@ class ParallelSession:
         answers = self._processes.ask({"do": "new_state", "state": number, "batch_size": int(batch_size)})
         return ParallelState(self, number, answers)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], state: ParallelState, chunk: int | None = None) -> np.ndarray:
+    def prefill(self, prompts: Sequence[Sequence[int]], state: State, chunk: int | None = None) -> np.ndarray:
         rows = [np.asarray(prompt).reshape(-1) for prompt in prompts]
         if len(rows) != state.batch_size:
             raise EngineError(f"{len(rows)} prompts for a state of {state.batch_size} rows")
@@ -112,7 +112,7 @@ class ParallelSession:
         counts = np.array([len(row) for row in rows], np.int64)
         return self._step(state, {"do": "prefill", "ids": ids, "counts": counts, "chunk": chunk})["logits"]
 
-    def decode(self, tokens_B: np.ndarray | Sequence[int], state: ParallelState) -> np.ndarray:
+    def decode(self, tokens_B: np.ndarray | Sequence[int], state: State) -> np.ndarray:
         tokens = np.asarray(tokens_B)
         _check_integers(tokens)
         return self._step(state, {"do": "decode", "tokens": tokens})["logits"]
@@ -121,7 +121,7 @@ class ParallelSession:
         self,
         ids_BT: np.ndarray,
         new_lengths_B: np.ndarray | Sequence[int],
-        state: ParallelState,
+        state: State,
         positions: Positions = "last",
         taps: bool = False,
     ) -> StepResult:
@@ -131,7 +131,9 @@ class ParallelSession:
         found = self._step(state, message)
         return StepResult(found["logits"], found["taps"])
 
-    def _step(self, state: ParallelState, message: dict[str, Any]) -> dict[str, Any]:
+    def _step(self, state: State, message: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(state, ParallelState) or state._session is not self:
+            raise EngineError("the state belongs to another session; make one with new_state of this session")
         return state._ask(message)[0]
 
 
