@@ -37,5 +37,12 @@ format: setup
 	$(BIN)/ruff format .
 	git ls-files 'plugins/*.h' 'plugins/*.cuh' 'plugins/*.cu' 'plugins/*.cpp' | xargs -r $(BIN)/clang-format -i
 
+# On a machine with an NVIDIA GPU, nvcc, torch and pytest; uses that machine's own Python.
+gpu-test:
+	$(PYTHON) benchmarks/gpu/run.py test
+
+gpu-bench:
+	$(PYTHON) benchmarks/gpu/run.py bench
+
 clean:
 	rm -rf $(VENV) $(DEMO) build
