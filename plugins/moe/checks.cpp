@@ -197,6 +197,12 @@ Status checkMoePointers(const MoeParams& params) noexcept {
     }
     if (!aligned(params.workspace, workspace.alignment))
         return fail(kBad, "%s: the workspace is not aligned to 256 bytes", kName);
+    const size_t needed =
+        moePieceWorkspace(params, planMoe(moeShape(params), 0, false).piece_tokens);  // of any GPU's plan
+    const size_t given = params.workspace == nullptr ? 0 : params.workspace_bytes;
+    if (given < needed) {
+        return fail(Status::kWorkspace, "%s: the workspace has %zu bytes, %zu are needed", kName, given, needed);
+    }
     return Status::kOk;
 }
 
@@ -209,10 +215,6 @@ Status checkMoePlan(const MoeParams& params, const MoePlan& plan, int32_t comput
         return fail(Status::kArchitecture,
                     "%s: the sm_90a kernels need compute capability 9.0, bf16 tokens and bf16 weights", kName);
     }
-    const size_t needed = moePieceWorkspace(params, plan.piece_tokens);
-    const size_t given = params.workspace == nullptr ? 0 : params.workspace_bytes;
-    if (given < needed)
-        return fail(Status::kWorkspace, "%s: the workspace has %zu bytes, %zu are needed", kName, given, needed);
     return Status::kOk;
 }
 

@@ -9,10 +9,11 @@ namespace mxc {
 // kOk, or the first thing that is wrong with sizes and types; the text is in lastError().
 Status checkMoeShape(const MoeParams& params) noexcept;
 
-// The same for pointers: null, alignment, overlap. Call after checkMoeShape; nothing is asked of zero tokens.
+// The same for pointers and the workspace: null, alignment, overlap, size. Call after checkMoeShape; nothing is asked
+// of zero tokens.
 Status checkMoePointers(const MoeParams& params) noexcept;
 
-// Whether the workspace holds the plan and the plan fits the GPU.
+// Whether the plan fits the GPU.
 Status checkMoePlan(const MoeParams& params, const MoePlan& plan, int32_t compute_capability) noexcept;
 
 // The variables that moe.h describes.
@@ -24,7 +25,7 @@ struct MoeEnvironment {
 };
 MoeEnvironment moeEnvironment() noexcept;
 
-// Plans, and checks the plan against the GPU and the workspace.
+// Plans, and checks the plan against the GPU.
 Status chooseMoePlan(const MoeParams& params, const MoeEnvironment& environment, int32_t compute_capability,
                      MoePlan& plan) noexcept;
 
