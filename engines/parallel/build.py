@@ -11,9 +11,10 @@ import onnx_ir as ir
 
 from engines.config import EngineConfig, Mapping, StateTensor
 from engines.directory import EngineDirWriter
-from engines.onnxruntime.build import BuildRequest, Progress, build
+from engines.onnxruntime.build import BuildRequest, build
 from engines.parallel.cut import cut
 from engines.parallel.pieces import PieceFile, pieces_name, to_bytes
+from engines.placing import Progress
 
 
 def build_ranks(

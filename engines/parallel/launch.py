@@ -17,8 +17,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,13 @@ class RankProcesses:
             (self._folder / TICKS).write_bytes(bytes(8 * ranks))
             with (self._folder / TICKS).open("r+b") as file:
                 self._ticks = np.frombuffer(mmap.mmap(file.fileno(), 0), np.int64)
-            with Listener(str(self._folder / SOCKET), backlog=2 * ranks) as listener:
-                self._start(options, threads, launcher or find_launcher(), start_limit)
+            listener = Listener(str(self._folder / SOCKET), backlog=2 * ranks)
+            try:
+                self._start(options, threads, launcher or find_launcher())
                 self._accept(listener, start_limit)
+            finally:
+                with contextlib.suppress(FileNotFoundError):  # a failed start has removed the folder already
+                    listener.close()
             self._collect("load its part of the engine", max(start_limit, stall_limit))
         except BaseException:
             self.close(orderly=False)
@@ -78,14 +83,18 @@ class RankProcesses:
         messages = [message] * self.ranks if isinstance(message, dict) else message
         messages = [one | {"forget": forgotten} for one in messages]
         try:
-            for rank, connection in self._connections.items():
-                connection.send_bytes(encode(messages[rank]))
-            return self._answers("compute")
+            with _interrupts_wait():
+                for rank, connection in self._connections.items():
+                    connection.send_bytes(encode(messages[rank]))
+                return self._answers("compute")
         except OSError:
             self._fail(self._lost_rank())
         except EngineError as error:
             if error.exit_code != USAGE:
                 self.close(orderly=False)
+            raise
+        except _SecondInterrupt:
+            self.close(orderly=False)
             raise
         raise AssertionError
 
@@ -121,7 +130,7 @@ class RankProcesses:
         process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _start(self, options: dict[str, Any], threads: int, launcher: Sequence[str], start_limit: float) -> None:
+    def _start(self, options: dict[str, Any], threads: int, launcher: Sequence[str]) -> None:
         arguments = [sys.executable, "-m", "engines.parallel.worker", str(self._folder), json.dumps(options)]
         with (self._folder / "launcher.log").open("wb") as log:
             try:
@@ -171,18 +180,9 @@ class RankProcesses:
         """One message from every rank."""
         answers: dict[int, Message] = {}
         ticks, moved = self._ticks.copy(), time.monotonic()
-        interrupted: KeyboardInterrupt | None = None
         while len(answers) < self.ranks:
             waiting = {connection: rank for rank, connection in self._connections.items() if rank not in answers}
-            try:
-                ready = wait(list(waiting), POLL_S)
-            except KeyboardInterrupt as interrupt:
-                if interrupted is not None:  # a second one: do not wait for the step to end
-                    self.close(orderly=False)
-                    raise
-                # Take the answers of the step first, so that the session stays usable.
-                interrupted = interrupt
-                continue
+            ready = wait(list(waiting), POLL_S)
             for connection in ready:
                 rank = waiting[connection]  # type: ignore[index]
                 try:
@@ -199,8 +199,6 @@ class RankProcesses:
             elif now - moved > self._stall_limit:
                 behind = min(waiting.values(), key=lambda rank: (self._ticks[rank], rank))
                 self._fail(behind, f"hangs: no progress for {self._stall_limit:.0f} s while it should {doing}")
-        if interrupted is not None:
-            raise interrupted
         errors = [answers[rank]["error"] for rank in range(self.ranks) if "error" in answers[rank]]
         if len(errors) == self.ranks:
             raise EngineError(errors[0])
@@ -235,6 +233,35 @@ class RankProcesses:
                 if telling:
                     return f"; last words: {telling[-1][:300]}"
         return ""
+
+
+class _SecondInterrupt(KeyboardInterrupt):
+    """Ctrl-C again, while the ranks finish the step in which the first one came."""
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends, so that no answer stays behind and the session remains usable; a second one is not
+    held back. Only the main thread gets interrupts.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal came
+        if came:
+            raise _SecondInterrupt
+        came = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def find_launcher() -> list[str]:

@@ -26,6 +26,9 @@ class LoadedPiece:
     session: ort.InferenceSession | None
 
 
+_Maker = Callable[[LoadedPiece, dict[str, ort.OrtValue]], Callable[[], None] | None]
+
+
 class PiecewiseSession:
     """All pieces of one rank. `tick` is called after every piece and exchange, to show that the rank is alive."""
 
@@ -77,15 +80,17 @@ class PiecewiseBinding:
     def run(self) -> None:
         """One step: the first one prepares the steps of those that follow."""
         if self._steps:
-            for step in self._steps:
-                step()
+            for again in self._steps:
+                again()
                 self._owner.tick()
             return
         values = dict(self._inputs)
         for loaded in self._owner.pieces:
-            for made in (self._run_piece(loaded, values), self._run_exchange(loaded, values)):
-                if made is not None:
-                    self._steps.append(made)
+            makers: tuple[_Maker, ...] = (self._run_piece, self._run_exchange)
+            for make in makers:
+                step = make(loaded, values)
+                if step is not None:
+                    self._steps.append(step)
                     self._owner.tick()
 
     def _run_piece(self, loaded: LoadedPiece, values: dict[str, ort.OrtValue]) -> Callable[[], None] | None:

@@ -81,9 +81,9 @@ def _say(commands: Connection, error: BaseException) -> None:
 def _load(rank: int, folder: Path, options: dict[str, Any]) -> RankSession:
     from engines.directory import read_config
     from engines.errors import EngineError
-    from engines.onnxruntime.weights import map_weights
     from engines.parallel.exchange import MpiExchanger
     from engines.parallel.rank_session import RankSession, share_threads
+    from engines.weights import map_weights
 
     engine = Path(options["engine"])
     config = read_config(engine)

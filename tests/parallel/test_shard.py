@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lockstep import Ranks
 
 from export.errors import ExportError
 from export.parallel.collective import register_schema
@@ -24,7 +25,6 @@ from export.verify import verify_with_onnx
 from model_defs.config import ModelConfig
 from model_defs.presets import preset
 from model_defs.text_model import TextModel
-from lockstep import Ranks
 
 # As for one rank against PyTorch: fp32 on both sides, sums in another order, logits of scale 4.
 TOLERANCE = 5e-5
