@@ -21,7 +21,7 @@ from engines.errors import ENVIRONMENT, EngineError
 from engines.interface import Positions, State, StepResult
 from engines.onnxruntime.plan import Run, plan
 from engines.onnxruntime.state import OrtState
-from engines.onnxruntime.weights import map_weights
+from engines.weights import map_weights
 
 MINIMUM_ORT = (1, 31)
 PREFILL_GRAPH_FROM = 8  # tokens of a run (rows times tokens) from which the prefill graph is faster

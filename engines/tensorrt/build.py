@@ -14,9 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.config import Checkpoint, EngineConfig, Limits, Mapping, RankFiles
+from engines.contract import port, states
 from engines.directory import EngineDirWriter
 from engines.errors import ENVIRONMENT, EngineError
-from engines.onnxruntime.build import _port, _states
 from engines.tensorrt.gpus import Gpu, aim_at
 from engines.tensorrt.lowering import lower
 from engines.tensorrt.messages import failure, make_logger
@@ -102,9 +102,9 @@ def build(
         dtype=request.dtype,
         mapping=request.mapping,
         limits=Limits(request.max_batch_size, request.max_seq_len, chunk),
-        inputs=[_port(value) for value in model.graph.inputs],
-        outputs=[_port(value) for value in model.graph.outputs],
-        states=list(_states(model.graph)),
+        inputs=[port(value) for value in model.graph.inputs],
+        outputs=[port(value) for value in model.graph.outputs],
+        states=list(states(model.graph)),
         ranks=[RankFiles(request.rank, graph_name)],
         checkpoint=request.checkpoint,
         versions={request.target: trt.__version__, "plugins_tensorrt_headers": plugins.headers} | request.versions,

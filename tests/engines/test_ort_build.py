@@ -13,11 +13,10 @@ import pytest
 import small_graph
 from conftest import SmallEngine, build_small
 
-from engines import load
+from engines import load, placing
 from engines.config import Checkpoint
 from engines.directory import EngineDirWriter, read_config
 from engines.errors import EngineError
-from engines.onnxruntime import build as build_module
 from engines.onnxruntime.build import BuildRequest, build
 
 REQUEST = BuildRequest(model={}, max_batch_size=2, max_seq_len=64)
@@ -203,7 +202,7 @@ def test_an_engine_of_another_target_is_refused(engine: SmallEngine) -> None:
 
 
 def test_a_disk_too_small_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+    monkeypatch.setattr(placing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
     with pytest.raises(EngineError, match=r"the disk has 0\.00 GB") as caught:
         build_small(tmp_path)
     assert caught.value.exit_code == 3

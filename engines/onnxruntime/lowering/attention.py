@@ -21,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from engines.onnxruntime.lowering.rewrite import (
+from engines.rewrite import (
     CONTRIB,
     constant_before,
     drop_dead,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from engines.onnxruntime.lowering.rewrite import CONTRIB, put_in_place_of
+from engines.rewrite import CONTRIB, put_in_place_of
 
 ATTRIBUTE = "first_local_expert"
 NOT_CHOSEN = -1e30

@@ -20,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from engines.onnxruntime.lowering.rewrite import CONTRIB, drop_dead, take_over
+from engines.rewrite import CONTRIB, drop_dead, take_over
 
 
 def part_name(name: str, expert: int) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from engines.onnxruntime.lowering.rewrite import CONTRIB, drop_dead, produced_by, put_in_place_of
+from engines.rewrite import CONTRIB, drop_dead, produced_by, put_in_place_of
 
 
 class LowerLinear(ir.passes.InPlacePass):

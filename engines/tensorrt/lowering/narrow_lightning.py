@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from engines.onnxruntime.lowering.rewrite import produced_by, take_over
+from engines.rewrite import produced_by, take_over
 
 
 class NarrowLightning(ir.passes.InPlacePass):

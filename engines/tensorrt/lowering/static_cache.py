@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from engines.onnxruntime.lowering.rewrite import constant_before, drop_dead
+from engines.rewrite import constant_before, drop_dead
 
 CAPACITY = "capacity"
 

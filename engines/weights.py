@@ -1,4 +1,4 @@
-"""Where the bytes of a rank's weights lie, and how they get into ONNX Runtime without a copy.
+"""Where the bytes of a rank's weights lie, and how an engine gets at them without a copy.
 
 `rank{r}.weights.json` lists every weight with file, offset and shape. Files are either the engine's own
 `rank{r}.weights.bin` (derived weights) or files of the checkpoint, used as they are. Both are mapped, so weights of
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import ml_dtypes  # noqa: F401  (numpy learns bfloat16 from it)
 import numpy as np
 
 from engines import digest
@@ -25,7 +26,7 @@ from engines.directory import check_file, inside, os_errors
 from engines.errors import EngineError
 
 ALIGNMENT = 64
-DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool")
 
 
 @dataclass(frozen=True)
