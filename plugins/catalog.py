@@ -59,6 +59,8 @@ _MOE_LIMITS: Mapping[str, str] = MappingProxyType(
         "use_sparse_mixer": "0",
         "normalize_routing_weights": "0 or 1",
         "first_local_expert": "first of the experts held here; default 0 (our extension, for expert parallelism)",
+        "sizes": "hidden and inner multiples of 8 (of 16 with int8 weights); at most 256 experts",
+        "many tokens on sm_90a": "CUTLASS grouped GEMM (bf16) only with MXC_MOE_SM90=1: it has not run on a GPU yet",
         "absent inputs": "a tensor with no elements",
     }
 )

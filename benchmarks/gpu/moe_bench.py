@@ -332,7 +332,7 @@ def show(report: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("moe_bench.json"))
+    parser.add_argument("--out", type=Path, default=Path("moe_bench.json"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--library-dir", type=Path, help="folder of libmxcompile_kernels.so")
     parser.add_argument("--tokens", type=int, action="append", help="only these numbers of tokens; may be repeated")
@@ -359,7 +359,7 @@ def main() -> int:
             for tokens in options.tokens or TOKENS:
                 report["cases"].append(run_case(library, tokens, routing, weights, report, options.rounds))
                 report["goals"] = goals(report["cases"])
-                options.output.write_text(json.dumps(report, indent=1) + "\n")  # whatever comes later
+                options.out.write_text(json.dumps(report, indent=1) + "\n")  # whatever comes later
         del weights
         torch.cuda.empty_cache()
     show(report)

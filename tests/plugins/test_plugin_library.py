@@ -29,7 +29,7 @@ def moe(**changes: object) -> MoeParams:
     pointers = {name: ALIGNED + 4096 * i for i, name in enumerate(("x", "router_logits", "fc1", "fc2", "out"))}
     sizes = dict(tokens=1, hidden=16, inner=16, experts=4, top_k=2, normalize=1, router_dtype=0)
     types = dict(dtype=dtype_code("bfloat16"), weight_dtype=dtype_code("bfloat16"))
-    workspace = dict(workspace=ALIGNED + 32768, workspace_bytes=16384)
+    workspace = dict(workspace=ALIGNED + 32768, workspace_bytes=1 << 21)
     return MoeParams(**{**pointers, **sizes, **types, **workspace, **changes})
 
 
