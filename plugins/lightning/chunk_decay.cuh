@@ -22,9 +22,18 @@ struct ChunkDecay {
     float padding[2];
 };
 
+// exp(-slope * d) at entry 64 + d for the distances d = 0..64 of two tokens, and zeros below: a warp's lookups then
+// differ by constants only.
 struct DecayTable {
-    float power[kLightningChunk + 1];  // exp(-slope * i)
+    float power[2 * kLightningChunk + 1];
     float padding[3];
+
+    MXC_DEVICE void fill(float slope, int thread, int threads) {
+        for (int i = thread; i <= 2 * kLightningChunk; i += threads) {
+            const int distance = i - kLightningChunk;
+            power[i] = distance < 0 ? 0.0f : expf(-slope * static_cast<float>(distance));
+        }
+    }
 };
 
 // Called by all lanes of one warp. `log_decay` points at the chunk's first token of this head (stride `heads`), or is
@@ -78,10 +87,19 @@ struct DecayReader {
     }
 };
 
-// exp(G_i - G_j) for j <= i, else 0.
-MXC_DEVICE float decayBetween(const ChunkDecay& decay, const DecayTable& table, bool per_token, int i, int j) {
-    if (j > i) return 0.0f;
-    return per_token ? expf(fminf(decay.cumulative[i] - decay.cumulative[j], 0.0f)) : table.power[i - j];
+// One element of P: score * scale * exp(G_i - G_j) for j <= i, else 0. Written without branches (the table has zeros
+// for j > i), and selected rather than multiplied by 0, so that an overflowed product above the diagonal cannot become
+// NaN.
+template <bool kPerToken>
+MXC_DEVICE float decayedScore(const ChunkDecay& decay, const DecayTable& table, float score, float scale, int i,
+                              int j) {
+    float between;
+    if constexpr (kPerToken) {
+        between = expf(fminf(decay.cumulative[i] - decay.cumulative[j], 0.0f));
+    } else {
+        between = table.power[kLightningChunk + i - j];
+    }
+    return j <= i ? score * (scale * between) : 0.0f;
 }
 
 }  // namespace mxc

@@ -5,6 +5,7 @@
 #include "decode.cuh"
 #include "lightning_attention.h"
 #include "prefill_portable.cuh"
+#include "prefill_sm90.cuh"
 #include "segment_scan.cuh"
 
 namespace mxc {
@@ -54,20 +55,26 @@ Status runNoTokens(const LightningParams& params, Runner& runner) {
     return params.head_dim == 64 ? runCopyStates<64>(params, runner) : runCopyStates<128>(params, runner);
 }
 
+// The segments' initial states, where there are several: summaries, then the scan.
 template <class Element, int kDim, int kSplits, class Runner>
-Status runPrefill(const LightningParams& params, const LightningPlan& plan, Runner& runner) {
+Status runSegments(const LightningParams& params, const LightningPlan& plan, Runner& runner) {
+    if (plan.segments <= 1) return Status::kOk;
     const PrefillArgs args = prefillArgs(params, plan);
     const unsigned rows = static_cast<unsigned>(params.batch * params.heads);
-    if (plan.segments > 1) {
-        Status status = runner.template run<PrefillPortable<Element, kDim, kSplits, true>>(
-            rows * static_cast<unsigned>((plan.segments - 1) * kSplits), args);
-        if (status != Status::kOk) return status;
-        status = runner.template run<SegmentScan<kDim>>(rows * static_cast<unsigned>(SegmentScan<kDim>::kBlocksPerHead),
-                                                        args);
-        if (status != Status::kOk) return status;
-    }
+    const Status status = runner.template run<PrefillPortable<Element, kDim, kSplits, true>>(
+        rows * static_cast<unsigned>((plan.segments - 1) * kSplits), args);
+    if (status != Status::kOk) return status;
+    return runner.template run<SegmentScan<kDim>>(rows * static_cast<unsigned>(SegmentScan<kDim>::kBlocksPerHead),
+                                                  args);
+}
+
+template <class Element, int kDim, int kSplits, class Runner>
+Status runPrefill(const LightningParams& params, const LightningPlan& plan, Runner& runner) {
+    const Status status = runSegments<Element, kDim, kSplits>(params, plan, runner);
+    if (status != Status::kOk) return status;
+    const unsigned rows = static_cast<unsigned>(params.batch * params.heads);
     return runner.template run<PrefillPortable<Element, kDim, kSplits, false>>(
-        rows * static_cast<unsigned>(plan.segments * kSplits), args);
+        rows * static_cast<unsigned>(plan.segments * kSplits), prefillArgs(params, plan));
 }
 
 template <class Element, class Runner>
@@ -81,6 +88,28 @@ template <class Runner>
 Status runPrefillPortable(const LightningParams& params, const LightningPlan& plan, Runner& runner) {
     return params.dtype == DType::kFloat16 ? runPrefillElement<Half>(params, plan, runner)
                                            : runPrefillElement<BFloat16>(params, plan, runner);
+}
+
+// The sm_90a kernel (through `main`), with the portable summaries and scan before it (through `runner`). head_dim 128
+// only.
+template <class Element, int kSplits, class Runner, class MainRunner>
+Status runPrefillSm90Splits(const LightningParams& params, const LightningPlan& plan, Runner& runner,
+                            MainRunner& main) {
+    const Status status = runSegments<Element, 128, kSplits>(params, plan, runner);
+    if (status != Status::kOk) return status;
+    const unsigned rows = static_cast<unsigned>(params.batch * params.heads);
+    return main.template run<PrefillSm90<Element, kSplits>>(rows * static_cast<unsigned>(plan.segments * kSplits),
+                                                            prefillArgs(params, plan));
+}
+
+template <class Runner, class MainRunner>
+Status runPrefillSm90(const LightningParams& params, const LightningPlan& plan, Runner& runner, MainRunner& main) {
+    if (params.dtype == DType::kFloat16) {
+        return plan.value_splits == 2 ? runPrefillSm90Splits<Half, 2>(params, plan, runner, main)
+                                      : runPrefillSm90Splits<Half, 1>(params, plan, runner, main);
+    }
+    return plan.value_splits == 2 ? runPrefillSm90Splits<BFloat16, 2>(params, plan, runner, main)
+                                  : runPrefillSm90Splits<BFloat16, 1>(params, plan, runner, main);
 }
 
 template <class Element, int kDim, class Runner>

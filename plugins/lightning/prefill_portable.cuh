@@ -11,9 +11,7 @@
 // cores' sums truncate.
 #pragma once
 
-#include "chunk_decay.cuh"
-#include "mxc/device.cuh"
-#include "prefill_args.h"
+#include "prefill_common.cuh"
 
 namespace mxc {
 
@@ -108,18 +106,28 @@ struct PrefillPortable {
             }
             const uint32_t score =
                 tiles.score + static_cast<uint32_t>(2 * ((row0 + lane / 4) * kScoreStride + column0 + lane % 4 * 2));
+            if (per_token) {
+                storeScores<true>(shared.decay[stage], shared.table, p, score, scale, row0 + lane / 4,
+                                  column0 + lane % 4 * 2);
+            } else {
+                storeScores<false>(shared.decay[stage], shared.table, p, score, scale, row0 + lane / 4,
+                                   column0 + lane % 4 * 2);
+            }
+        }
+    }
+
+    // This lane's part of P: rows i0, i0 + 8, columns j0, j0 + 1 of each 8.
+    template <bool kPerToken, int kTiles>
+    static MXC_DEVICE void storeScores(const ChunkDecay& decay, const DecayTable& table, const float (&p)[kTiles][4],
+                                       uint32_t score, float scale, int i0, int j0) {
 #pragma unroll
-            for (int nt = 0; nt < kColumns / 8; ++nt) {
+        for (int nt = 0; nt < kTiles; ++nt) {
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int i = row0 + lane / 4 + 8 * half, j = column0 + nt * 8 + lane % 4 * 2;
-                    const float low = decayBetween(shared.decay[stage], shared.table, per_token, i, j);
-                    const float high = decayBetween(shared.decay[stage], shared.table, per_token, i, j + 1);
-                    // A product above the diagonal must not turn an overflow into NaN: select, do not multiply by 0.
-                    const uint32_t pair = pack<Element>(j <= i ? p[nt][2 * half] * (scale * low) : 0.0f,
-                                                        j + 1 <= i ? p[nt][2 * half + 1] * (scale * high) : 0.0f);
-                    storeShared32(score + 2 * (half * 8 * kScoreStride + nt * 8), pair);
-                }
+            for (int half = 0; half < 2; ++half) {
+                const int i = i0 + 8 * half, j = j0 + nt * 8;
+                const float low = decayedScore<kPerToken>(decay, table, p[nt][2 * half], scale, i, j);
+                const float high = decayedScore<kPerToken>(decay, table, p[nt][2 * half + 1], scale, i, j + 1);
+                storeShared32(score + 2 * (half * 8 * kScoreStride + nt * 8), pack<Element>(low, high));
             }
         }
     }
@@ -134,88 +142,38 @@ struct PrefillPortable {
         tiles.q = sharedAddress(shared.q);
         tiles.score = sharedAddress(shared.score);
 
-        // Which piece of the work.
-        const int computed_segments = kSummary ? args.segments - 1 : args.segments;
-        int index = static_cast<int>(blockIdx.x);
-        const int split = index % kSplits;
-        index /= kSplits;
-        const int segment = index % computed_segments;
-        index /= computed_segments;
-        const int head = index % args.heads, batch = index / args.heads;
-        const int value0 = split * kValues;
+        const PrefillPiece piece(args, kDim, kSplits, kSummary ? args.segments - 1 : args.segments);
+        const int value0 = piece.split * kValues;
+        const int64_t row_stride = piece.row_stride;
+        const uint16_t* q = args.q + piece.first_row * kDim;
+        const uint16_t* k = args.k + piece.first_row * kDim;
+        const uint16_t* v = args.v + piece.first_row * kDim + value0;
+        uint16_t* out = args.out + piece.first_row * kDim + value0;
+        const bool per_token = piece.perToken();
 
-        const int slot = args.slots != nullptr ? args.slots[batch] : batch;
-        const bool used = slot >= 0 && slot < args.slot_count;
-        int length = args.tokens;
-        if (args.lengths != nullptr) length = args.lengths[batch];
-        length = !used || length < 0 ? 0 : (length > args.tokens ? args.tokens : length);
-
-        const int first_chunk = segment * args.segment_chunks;
-        const int64_t first_token = static_cast<int64_t>(first_chunk) * kChunk;
-        const int64_t end_token_wanted = first_token + static_cast<int64_t>(args.segment_chunks) * kChunk;
-        const int end_token = end_token_wanted < args.tokens ? static_cast<int>(end_token_wanted) : args.tokens;
-        int segment_valid = (length < end_token ? length : end_token) - static_cast<int>(first_token);
-        if (segment_valid < 0) segment_valid = 0;
-        const int chunks = (segment_valid + kChunk - 1) / kChunk;
-
-        const int64_t row_stride = static_cast<int64_t>(args.heads) * kDim;
-        const int64_t first_row = (static_cast<int64_t>(batch) * args.tokens + first_token) * args.heads + head;
-        const uint16_t* q = args.q + first_row * kDim;
-        const uint16_t* k = args.k + first_row * kDim;
-        const uint16_t* v = args.v + first_row * kDim + value0;
-        uint16_t* out = args.out + first_row * kDim + value0;
-        const float* log_decay = args.log_decay != nullptr ? args.log_decay + first_row : nullptr;
-        const bool per_token = log_decay != nullptr;
-        const float slope = per_token ? 0.0f : -boundLogDecay(-args.slopes[head]);
-        const int64_t piece = (static_cast<int64_t>(batch) * args.heads + head) * args.segments + segment;
-
-        // Prologue: first chunk on its way, decay tables, initial state.
+        // First chunk on its way, decay tables, initial state.
         DecayReader reader;
-        if (chunks > 0) {
-            const int valid = segment_valid < kChunk ? segment_valid : kChunk;
+        if (piece.chunks > 0) {
+            const int valid = piece.validOf(0);
             if (!kSummary) fetchTile<kDim, kKeyStride>(tiles.q, q, row_stride, valid);
             fetchTile<kDim, kKeyStride>(tiles.k, k, row_stride, valid);
             fetchTile<kValues, kValueStride>(tiles.v, v, row_stride, valid);
             if (warp == 0) {
-                reader.fetch(log_decay, args.heads, valid);
-                reader.store(shared.decay[0], per_token, slope, args.scale, valid);
+                reader.fetch(piece.log_decay, args.heads, valid);
+                reader.store(shared.decay[0], per_token, piece.slope, args.scale, valid);
             }
-            if (!per_token) {
-                for (int i = static_cast<int>(threadIdx.x); i <= kChunk; i += kThreads) {
-                    shared.table.power[i] = expf(-slope * static_cast<float>(i));
-                }
-            }
+            if (!per_token) shared.table.fill(piece.slope, static_cast<int>(threadIdx.x), kThreads);
         }
         copyAsyncCommit();
-
-        // state[nt][r]: S[key][value], key = 8 nt + 2 (lane % 4) + r % 2, value = value0 + 16 warp + lane / 4 + 8 (r /
-        // 2)
         float state[kDim / 8][4];
-        const int state_value = value0 + warp * 16 + lane / 4, state_key = lane % 4 * 2;
-        {
-            const float* initial = nullptr;
-            if (!kSummary && args.segments > 1) {
-                initial = args.segment_states + piece * (kDim * kDim);
-            } else if (!kSummary && used && args.state_in != nullptr) {
-                initial = args.state_in + (static_cast<int64_t>(slot) * args.heads + head) * (kDim * kDim);
-            }
-#pragma unroll
-            for (int nt = 0; nt < kDim / 8; ++nt) {
-#pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                    const int offset = (nt * 8 + state_key + r % 2) * kDim + state_value + 8 * (r / 2);
-                    state[nt][r] = initial != nullptr ? initial[offset] : 0.0f;
-                }
-            }
-        }
+        loadState<kDim>(state, kSummary ? nullptr : piece.initialState(args, kDim * kDim), value0 + warp * 16);
 
         float total_log = 0.0f;
-        for (int chunk = 0; chunk < chunks; ++chunk) {
+        for (int chunk = 0; chunk < piece.chunks; ++chunk) {
             const int stage = chunk % 2;
             const int token0 = chunk * kChunk;
-            const int next_valid_all = segment_valid - token0 - kChunk;
-            const int next_valid = next_valid_all < kChunk ? next_valid_all : kChunk;
-            const bool more = next_valid > 0;
+            const bool more = chunk + 1 < piece.chunks;
+            const int next_valid = piece.validOf(chunk + 1);
             const int64_t next_rows = static_cast<int64_t>(token0 + kChunk) * row_stride;
 
             copyAsyncWait<0>();
@@ -226,7 +184,7 @@ struct PrefillPortable {
                 fetchTile<kValues, kValueStride>(tiles.v + other * Tiles::kStageV, v + next_rows, row_stride,
                                                  next_valid);
                 if (warp == 0 && per_token) {
-                    reader.fetch(log_decay + static_cast<int64_t>(token0 + kChunk) * args.heads, args.heads,
+                    reader.fetch(piece.log_decay + static_cast<int64_t>(token0 + kChunk) * args.heads, args.heads,
                                  next_valid);
                 }
             }
@@ -281,32 +239,25 @@ struct PrefillPortable {
                         mma16816<Element>(o[nt + 1], values, b[2], b[3]);
                     }
                 }
-                storeOutput(o, out + static_cast<int64_t>(token0) * row_stride, row_stride, segment_valid - token0,
-                            end_token - static_cast<int>(first_token) - token0);
+                storeOutput<Element>(o, out + static_cast<int64_t>(token0) * row_stride + warp * 16, row_stride,
+                                     piece.valid - token0,
+                                     piece.end_token - static_cast<int>(piece.first_token) - token0);
             }
             updateState(state, shared.decay[stage], k_rows, v_rows);
             // Only now is the log-decay fetched above needed.
-            if (more && warp == 0) reader.store(shared.decay[stage ^ 1], per_token, slope, args.scale, next_valid);
+            if (more && warp == 0)
+                reader.store(shared.decay[stage ^ 1], per_token, piece.slope, args.scale, next_valid);
         }
         copyAsyncWait<0>();
 
         if (kSummary) {
-            storeState(state, args.segment_states + piece * (kDim * kDim), state_key, state_value);
-            if (split == 0 && threadIdx.x == 0) args.segment_decays[piece] = expf(total_log);
+            storeState<kDim>(state, args.segment_states + piece.state_index * (kDim * kDim), value0 + warp * 16);
+            if (piece.split == 0 && threadIdx.x == 0) args.segment_decays[piece.state_index] = expf(total_log);
             return;
         }
-        if (segment == args.segments - 1 && used) {
-            storeState(state, args.state_out + (static_cast<int64_t>(slot) * args.heads + head) * (kDim * kDim),
-                       state_key, state_value);
-        }
-        // Chunks wholly past the length.
-        constexpr int kVectors = kValues / 8;
-        const int64_t rest = static_cast<int64_t>(end_token) - first_token - static_cast<int64_t>(chunks) * kChunk;
-        uint16_t* rest_rows = out + static_cast<int64_t>(chunks) * kChunk * row_stride;
-        for (int64_t i = static_cast<int>(threadIdx.x); i < rest * kVectors; i += kThreads) {
-            *reinterpret_cast<uint4*>(rest_rows + i / kVectors * row_stride + i % kVectors * 8) =
-                make_uint4(0, 0, 0, 0);
-        }
+        float* final_state = piece.finalState(args, kDim * kDim);
+        if (final_state != nullptr) storeState<kDim>(state, final_state, value0 + warp * 16);
+        clearRest<kValues>(out, piece, static_cast<int>(threadIdx.x), kThreads);
     }
 
   private:
@@ -333,11 +284,8 @@ struct PrefillPortable {
 #pragma unroll
                 for (int r = 0; r < 4; ++r) {
                     const int token = token0 + jt * 16 + r / 2 * 8 + lane % 4 * 2;
-                    const float first = unpackLow<Element>(values[r]) * decay.to_end[token];
-                    const float second = unpackHigh<Element>(values[r]) * decay.to_end[token + 1];
-                    high[jt][r] = pack<Element>(first, second);
-                    low[jt][r] = pack<Element>(first - unpackLow<Element>(high[jt][r]),
-                                               second - unpackHigh<Element>(high[jt][r]));
+                    splitProduct<Element>(values[r], decay.to_end[token], decay.to_end[token + 1], high[jt][r],
+                                          low[jt][r]);
                 }
             }
             const uint32_t k_row = k_rows + 2 * token0 * kKeyStride;
@@ -360,33 +308,6 @@ struct PrefillPortable {
                 }
             }
             kept = 1.0f;
-        }
-    }
-
-    // Rows (tokens) below `valid` get their values, rows from there to `rows` zeros.
-    static MXC_DEVICE void storeOutput(const float (&o)[kChunk / 8][4], uint16_t* out, int64_t row_stride, int valid,
-                                       int rows) {
-        const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-        uint16_t* to = out + lane / 4 * row_stride + warp * 16 + lane % 4 * 2;
-#pragma unroll
-        for (int nt = 0; nt < kChunk / 8; ++nt) {
-            const int token = nt * 8 + lane / 4;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const uint32_t pair = transposeMatrix(pack<Element>(o[nt][2 * half], o[nt][2 * half + 1]));
-                if (token < rows) *reinterpret_cast<uint32_t*>(to + half * 8) = token < valid ? pair : 0u;
-            }
-            to += 8 * row_stride;
-        }
-    }
-
-    static MXC_DEVICE void storeState(const float (&state)[kDim / 8][4], float* to, int state_key, int state_value) {
-#pragma unroll
-        for (int nt = 0; nt < kDim / 8; ++nt) {
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-                to[(nt * 8 + state_key + r % 2) * kDim + state_value + 8 * (r / 2)] = state[nt][r];
-            }
         }
     }
 };

@@ -83,7 +83,8 @@ int host_prefill(const mxc::LightningParams* params, const int* plan4, int sched
     const mxc::LightningPlan plan{plan4[0], plan4[1], plan4[2], plan4[3]};
     status = mxc::checkLightningPlan(*params, plan, 90);
     if (status != mxc::Status::kOk) return static_cast<int>(status);
-    return static_cast<int>(mxc::runPrefillPortable(*params, plan, runner));
+    return static_cast<int>(plan.kernel == 1 ? mxc::runPrefillSm90(*params, plan, runner, runner)
+                                             : mxc::runPrefillPortable(*params, plan, runner));
 }
 
 int host_decode(const mxc::LightningParams* params, int splits, int schedule) {

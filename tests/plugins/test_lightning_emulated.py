@@ -52,12 +52,51 @@ def test_prefill_at_the_sensitive_lengths(tokens, layer):
         check(make_case(rng, 1, tokens, 2, 128, layer=layer), plan_for(name, tokens))
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 127, 500, 1000])
+def test_sm90_prefill_at_the_sensitive_lengths(tokens, splits):
+    rng = np.random.default_rng(tokens)
+    for layer in (0, 78):
+        check(make_case(rng, 1, tokens, 1, 128, layer=layer), (1, splits, 1, -(-tokens // 64)))
+
+
+@pytest.mark.parametrize("plan4", [(1, 1, 1, 4), (1, 2, 1, 4), (1, 1, 2, 2), (1, 2, 4, 1)])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sm90_prefill_with_ragged_lengths_slots_and_both_decays(dtype, per_token, plan4):
+    case = make_case(
+        np.random.default_rng(18),
+        5,
+        200,
+        1,
+        128,
+        dtype=dtype,
+        per_token=per_token,
+        scale=0.125,
+        lengths=[200, 0, 1, 129, 64],
+        slots=[4, 0, 6, 2, 5],
+        pool=7,
+    )
+    check(case, plan4, dtype, in_place=per_token)
+
+
+def test_sm90_every_schedule_gives_the_same_bits():
+    """Products as late as their waits allow, or at once; warps in several orders; six chunks, so that the ring of four turns over."""
+    case = make_case(np.random.default_rng(19), 1, 380, 1, 128, per_token=True, lengths=[370])
+    for splits in (1, 2):
+        results = [host.run(case, (1, splits, 1, 6), schedule=schedule) for schedule in range(6)]
+        for out, state in results[1:]:
+            np.testing.assert_array_equal(out, results[0][0])
+            np.testing.assert_array_equal(state, results[0][1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 40, 78])
 def test_prefill_of_4096_tokens(layer):
     case = make_case(np.random.default_rng(layer), 1, 4096, 2, 128, layer=layer)
     check(case, (0, 1, 1, 64))
     check(case, (0, 1, 7, 10))
+    check(case, (1, 1, 1, 64))
 
 
 @pytest.mark.parametrize("name", list(PLANS))

@@ -32,6 +32,8 @@ MXC_DEVICE float shuffleUp(float value, int delta) {
 }
 MXC_DEVICE float shuffle(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 
+MXC_DEVICE uint32_t shuffleXor(uint32_t value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
 // Copies 16 bytes of global memory into shared memory asynchronously; writes zeros (and reads nothing) where !valid.
 MXC_DEVICE void copyAsync16(uint32_t shared, const void* global, bool valid) {
     const int bytes = valid ? 16 : 0;

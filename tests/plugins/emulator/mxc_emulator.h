@@ -103,6 +103,7 @@ class Block {
     size_t shared_bytes = 0;
     std::function<void()> body;
     int current = -1;
+    int generation = 0;  // counts the blocks run
     std::string error;
     jmp_buf scheduler;
 
@@ -204,7 +205,10 @@ class Block {
         yield();
     }
 
-    void reset() { arrived_.clear(); }
+    void reset() {
+        arrived_.clear();
+        ++generation;
+    }
 
   private:
     static void entry();
@@ -391,6 +395,16 @@ inline void loadMatrix4Transposed(uint32_t (&out)[4], uint32_t row) {
             }
         }
     });
+}
+inline uint32_t shuffleXor(uint32_t value, int mask) {
+    static const char kind = 0;
+    struct Args {
+        uint32_t value, out;
+    } args{value, 0};
+    emu::block.warpCollective(&kind, args, [mask](Args** all) {
+        for (int lane = 0; lane < 32; ++lane) all[lane]->out = all[lane ^ mask]->value;
+    });
+    return args.out;
 }
 inline uint32_t transposeMatrix(uint32_t value) {
     static const char kind = 0;
