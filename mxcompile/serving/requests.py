@@ -1,0 +1,71 @@
+"""What a client asks of the scheduler and what comes back, free of any protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from engines.generation import GenerationConfig, GenerationResult, TokenEvent
+from mxcompile.errors import MxcompileError
+
+# invalid: the request can never be served as it is; unavailable: not now; cancelled: the client left; internal: the
+# engine failed on it.
+FailureKind = Literal["invalid", "unavailable", "cancelled", "internal"]
+
+
+class RequestError(MxcompileError):
+    """A request that is refused; `kind` says whether asking again may help."""
+
+    def __init__(self, message: str, kind: FailureKind = "invalid") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A request's end. `cached_tokens` of its context came from a session or the prefix cache, not from a prefill."""
+
+    result: GenerationResult
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A request's other end."""
+
+    kind: FailureKind
+    message: str
+
+
+Event = TokenEvent | Finished | Failed
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation. Events arrive in order on the scheduler's thread; Finished or Failed is the last, exactly once.
+
+    `session` continues the named session: `prompt` then follows what it holds. `session_start` begins it anew.
+    `emit` must not block and must not call the scheduler.
+    """
+
+    prompt: list[int]
+    config: GenerationConfig
+    emit: Callable[[Event], None]
+    session: str | None = None
+    session_start: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the scheduler lets in.
+
+    `max_queue`: requests waiting for a slot. `max_wait_s`: seconds one may wait. `max_prompt_tokens`: longest prompt
+    of one request (default: the engine's max_seq_len). `prefill_budget`: prompt tokens read between two decode
+    steps (default: one chunk); at least one chunk is always read.
+    """
+
+    max_queue: int = 256
+    max_wait_s: float = 60.0
+    max_prompt_tokens: int | None = None
+    prefill_budget: int | None = None

@@ -1,0 +1,327 @@
+"""In-flight batching on one session: requests enter free slots between steps, prompts are read in chunks.
+
+What holds whatever else is being served: a request's prompt is read alone in its slot, in the same chunks as
+`engines.generation` reads it, and its draws use its own random stream. Only the decode steps are shared; they round
+as the engine's kernels do for that many rows, which can tip a draw only where two tokens or two experts tie to the
+last bits.
+
+Rules of a step, in this order:
+1. cancelled requests leave their slots; waiting ones that are too old are refused;
+2. free slots are filled from the queue, first come first served, lowest slot first (idle rows cost least at the end);
+3. every sequence that decodes gets one token, in one run;
+4. prompts are read one chunk at a time, in turn, until `prefill_budget` tokens are spent: a long prompt delays neither
+   the running answers nor a short prompt behind it by more than the budget.
+
+Legend: B slots, T new tokens, N vocabulary.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from engines.generation import GenerationError
+from engines.generation.generate import Detokenizer, _check_prompt, _Row
+from engines.interface import RowSnapshot, Session
+from mxcompile.serving.cache import SessionStore, StateCache
+from mxcompile.serving.metrics import Metrics
+from mxcompile.serving.requests import Failed, Finished, Limits, Request, RequestError
+
+Ticket = int
+
+
+@dataclass
+class _Job:
+    """One request on its way. `slot` is -1 while it waits; `fed` counts prompt tokens that its row has seen."""
+
+    ticket: Ticket
+    request: Request
+    arrived: float
+    slot: int = -1
+    row: _Row | None = None
+    fed: int = 0
+    past: int = 0  # tokens of the session before this request
+    cached: int = 0
+    last_token: float = 0.0
+
+    @property
+    def sequence(self) -> _Row:
+        assert self.row is not None
+        return self.row
+
+
+class Scheduler:
+    """Serves requests on one session. `submit` and `cancel` from any thread, `step` from one."""
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        limits: Limits | None = None,
+        detokenizer: Callable[[], Detokenizer] | None = None,
+        cache: StateCache | None = None,
+        sessions: SessionStore | None = None,
+        prefill_chunk: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`prefill_chunk` defaults to the engine's own; a cache's block must be the same size."""
+        self.limits = limits or Limits()
+        self.metrics = Metrics()
+        self._session, self._detokenizer, self._clock = session, detokenizer, clock
+        self._cache, self._sessions = cache, sessions
+        self._chunk = prefill_chunk or session.config.limits.prefill_chunk
+        if cache is not None and cache.block != self._chunk:
+            raise ValueError(f"the cache's block of {cache.block} tokens is not the prefill chunk of {self._chunk}")
+        self._budget = self.limits.prefill_budget or self._chunk
+        self._state = session.new_state(session.max_batch_size)
+        self._slots: list[_Job | None] = [None] * session.max_batch_size
+        self._free = list(range(session.max_batch_size))  # a heap
+        self._reading: deque[_Job] = deque()  # in slots, prompt not read to its end; next to read first
+        self._tickets = itertools.count(1)
+        # The rest is shared between threads, under the lock.
+        self._changed = threading.Condition()
+        self._queue: deque[_Job] = deque()
+        self._cancelled: set[Ticket] = set()
+        self._busy_sessions: set[str] = set()
+        self._draining = False
+
+    @property
+    def active(self) -> int:
+        """Occupied slots."""
+        return len(self._slots) - len(self._free)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing to do until the next `submit`."""
+        return not self._queue and self.active == 0
+
+    def submit(self, request: Request) -> Ticket:
+        """Queue a request. Raises RequestError, and then emits nothing, when it cannot be served."""
+        with self._changed:
+            try:
+                self._check(request)
+            except RequestError as error:
+                self.metrics.refused(error.kind)
+                raise
+            job = _Job(next(self._tickets), request, self._clock())
+            if request.session is not None:
+                self._busy_sessions.add(request.session)
+            self._queue.append(job)
+            self._changed.notify()
+            return job.ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Stop a request; it ends with Failed("cancelled") unless it is finished by then."""
+        with self._changed:
+            self._cancelled.add(ticket)
+            self._changed.notify()
+
+    def drain(self) -> None:
+        """Refuse what comes from now on; what was let in is served to its end."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify()
+
+    def wait(self, timeout: float) -> None:
+        """Return when there may be something to do, or after `timeout` seconds."""
+        with self._changed:
+            if self.idle and not self._cancelled and not self._draining:
+                self._changed.wait(timeout)
+
+    def step(self) -> bool:
+        """Advance everything by one step; returns whether there was anything to do.
+
+        An exception of the session passes through: its state is lost then, call `fail_all`.
+        """
+        self._admit()
+        decoding = [job for job in self._slots if job is not None and job.sequence.unfed]
+        if decoding:
+            self._decode(decoding)
+        self._read_prompts()
+        self.metrics.occupancy(self.active, self.waiting)
+        return bool(decoding) or self.active > 0
+
+    def fail_all(self, message: str) -> None:
+        """End every request with Failed("unavailable"): the engine is gone."""
+        with self._changed:
+            self._draining = True
+            waiting = list(self._queue)
+            self._queue.clear()
+        for job in [*(job for job in self._slots if job is not None), *waiting]:
+            self._end(job, Failed("unavailable", message))
+
+    def _check(self, request: Request) -> None:
+        if self._draining:
+            raise RequestError("the server is shutting down", "unavailable")
+        past = 0
+        longest = self.limits.max_prompt_tokens
+        if longest is not None and len(request.prompt) > longest:
+            raise RequestError(f"the prompt has {len(request.prompt)} tokens; this server takes at most {longest}")
+        prompt = request.prompt
+        if request.session is not None:
+            if self._sessions is None:
+                raise RequestError("this server keeps no sessions; send the whole conversation without session_id")
+            if request.session in self._busy_sessions:
+                raise RequestError(f"session {request.session!r} is still answering another request", "unavailable")
+            if not request.session_start:
+                held = self._sessions.load(request.session)
+                if held is None:
+                    raise RequestError(
+                        f"session {request.session!r} is not known (it was never started, or was dropped for room); "
+                        "send the whole conversation with session_start"
+                    )
+                past, prompt = held.length, [*held.unfed, *request.prompt]
+        try:
+            _check_prompt(0, prompt, past, self._session.max_seq_len, self._session.vocab_size)
+        except GenerationError as error:
+            raise RequestError(str(error).replace("prompt 0", "the prompt")) from error
+        if request.config.stop_strings and self._detokenizer is None:
+            raise RequestError("stop strings need a tokenizer, which this engine was built without")
+        if len(self._queue) >= self.limits.max_queue and not (self._free and not self._queue):
+            raise RequestError(f"{len(self._queue)} requests are waiting already; try again later", "unavailable")
+
+    def _admit(self) -> None:
+        now = self._clock()
+        ended: list[tuple[_Job, Failed]] = []
+        admitted: list[_Job] = []
+        with self._changed:
+            cancelled, self._cancelled = self._cancelled, set()
+            kept: deque[_Job] = deque()
+            for job in self._queue:
+                if job.ticket in cancelled:
+                    ended.append((job, Failed("cancelled", "the request was cancelled")))
+                elif now - job.arrived > self.limits.max_wait_s:
+                    message = f"no slot became free within {self.limits.max_wait_s:g} s; try again later"
+                    ended.append((job, Failed("unavailable", message)))
+                else:
+                    kept.append(job)
+            self._queue = kept
+        for running in self._slots:
+            if running is not None and running.ticket in cancelled:
+                ended.append((running, Failed("cancelled", "the request was cancelled")))
+        for job, failure in ended:
+            self._end(job, failure)
+        with self._changed:
+            while self._free and self._queue:
+                job = self._queue.popleft()
+                job.slot = heapq.heappop(self._free)
+                self._slots[job.slot] = job
+                admitted.append(job)
+        for job in admitted:
+            self.metrics.queued(now - job.arrived)
+            self._place(job)
+
+    def _place(self, job: _Job) -> None:
+        """Give a request its slot: empty, or with what a session or the prefix cache remembers."""
+        request = job.request
+        self._state.clear_row(job.slot)
+        prompt = request.prompt
+        found: RowSnapshot | None = None
+        if request.session is not None and not request.session_start:
+            assert self._sessions is not None
+            saved = self._sessions.load(request.session)
+            if saved is None:  # dropped for room, or its file was damaged, since the request came
+                self._end(job, Failed("invalid", f"session {request.session!r} was dropped; start it again"))
+                return
+            prompt, found = [*saved.unfed, *prompt], saved.snapshot
+            job.past = job.cached = found.length
+        elif self._cache is not None:
+            found = self._cache.find(prompt)
+            if found is not None:
+                job.fed = job.cached = found.length
+            self.metrics.prefix(job.fed, len(prompt))
+        if found is not None:
+            self._state.write_row(job.slot, found)
+        make = self._detokenizer
+        job.row = _Row(job.slot, prompt, request.config, self._session.vocab_size, make() if make else None)
+        # The last token that is drawn need not be fed, so one more fits than the engine has room for.
+        job.row.limit = min(request.config.max_new_tokens, self._session.max_seq_len - job.past - len(prompt) + 1)
+        self._reading.append(job)
+
+    def _decode(self, jobs: list[_Job]) -> None:
+        slots = len(self._slots)
+        ids_B1, new_B = np.zeros((slots, 1), np.int64), np.zeros(slots, np.int64)
+        for job in jobs:
+            ids_B1[job.slot, 0] = job.sequence.unfed.pop()
+            new_B[job.slot] = 1
+        if len(jobs) == slots:
+            logits_BN = self._session.decode(ids_B1[:, 0], self._state)
+        else:
+            logits_BN = self._session.forward(ids_B1, new_B, self._state).logits[:, 0]
+        self.metrics.decode_step(len(jobs))
+        for job in jobs:
+            self._draw(job, logits_BN[job.slot])
+
+    def _read_prompts(self) -> None:
+        spent = 0
+        while self._reading and (spent == 0 or spent < self._budget):
+            job = self._reading.popleft()
+            if self._slots[job.slot] is not job:
+                continue  # cancelled
+            prompt = job.sequence.prompt
+            part = prompt[job.fed : job.fed + self._chunk]
+            last = job.fed + len(part) == len(prompt)
+            logits_N = self._read(job.slot, part, last)
+            spent += len(part)
+            job.fed += len(part)
+            self.metrics.prompt_tokens(len(part))
+            if self._cache is not None and job.past == 0 and len(part) == self._chunk:
+                self._cache.store(prompt[: job.fed], self._state, job.slot)
+            if logits_N is None:
+                self._reading.append(job)
+            else:
+                self._draw(job, logits_N)
+
+    def _read(self, slot: int, part: list[int], last: bool) -> np.ndarray | None:
+        """One chunk of a prompt into its slot; logits [N] after its last token."""
+        slots = len(self._slots)
+        ids_BT, new_B = np.zeros((slots, len(part)), np.int64), np.zeros(slots, np.int64)
+        ids_BT[slot], new_B[slot] = part, len(part)
+        if last:
+            return self._session.forward(ids_BT, new_B, self._state).logits[slot, 0]
+        # No position is asked for: logits cost a product with the whole vocabulary.
+        self._session.forward(ids_BT, new_B, self._state, positions=np.zeros((slots, 0), np.int64))
+        return None
+
+    def _draw(self, job: _Job, logits_N: np.ndarray) -> None:
+        try:
+            event = job.sequence.step(logits_N)
+        except GenerationError as error:
+            self._end(job, Failed("internal", str(error)))
+            return
+        now = self._clock()
+        if job.last_token:
+            self.metrics.next_token(now - job.last_token)
+        else:
+            self.metrics.first_token(now - job.arrived)
+        job.last_token = now
+        job.request.emit(event)
+        if event.finish_reason is not None:
+            self._end(job, Finished(job.sequence.result(now - job.arrived), job.cached))
+
+    def _end(self, job: _Job, event: Finished | Failed) -> None:
+        request = job.request
+        if isinstance(event, Finished) and request.session is not None:
+            # A request that fails leaves its session as it was before.
+            assert self._sessions is not None
+            self._sessions.save(request.session, self._state.read_row(job.slot), event.result.unfed_tokens)
+        with self._changed:
+            if job.slot >= 0:
+                self._slots[job.slot] = None
+                heapq.heappush(self._free, job.slot)
+            if request.session is not None:
+                self._busy_sessions.discard(request.session)
+        self.metrics.ended(event.kind if isinstance(event, Failed) else "finished")
+        request.emit(event)
