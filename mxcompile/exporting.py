@@ -52,15 +52,21 @@ def export_onnx(
     dtype: str = "float32",
     layers: int | None = None,
     weights: bool = True,
+    tp_size: int = 1,
+    moe_tp_size: int | None = None,
+    moe_ep_size: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ExportSummary:
-    """Write the canonical ONNX graph.
+    """Write the canonical ONNX graph; with `tp_size` above 1, `rank{r}.onnx` of every rank into the folder `output`.
 
     `source` is a checkpoint folder, whose weights the file then refers to; or, for the graph alone, a configuration, a
     `config.json` or a checkpoint folder with `weights=False`. Raises as `build` does.
     """
-    from export.save import save_graph, save_with_weights
+    from export.parallel.mapping import ParallelMapping
+    from export.parallel.plan import ShardingPlan
+    from export.parallel.save import save_ranks
+    from export.save import SavedModel, save_graph, save_with_weights
     from model_defs.config import ModelConfig
     from model_defs.config_schemas import read_config
 
@@ -75,9 +81,20 @@ def export_onnx(
         else:
             config = read_config(source)
             config = config if layers is None else config.truncated(layers)
+        plan = ShardingPlan(config, ParallelMapping.of(tp_size, moe_tp_size, moe_ep_size))
     with clock.stage("trace"):
-        model = graph(config, dtype) if opened is None else bound_graph(config, dtype, opened)
-    if opened is None:
+        alone = opened is None or tp_size > 1
+        model = graph(config, dtype) if alone else bound_graph(config, dtype, cast("Checkpoint", opened))
+    if tp_size > 1:
+        with clock.stage("write", tp_size) as stage:
+            ranks = save_ranks(model, plan, Path(output), opened, force=force, on_rank=lambda rank: stage.advance())
+        saved = SavedModel(
+            Path(output),
+            sum(rank.graph_bytes for rank in ranks),
+            sum(rank.referred_bytes for rank in ranks),
+            sum(rank.derived_bytes for rank in ranks),
+        )
+    elif opened is None:
         with clock.stage("write"):
             saved = save_graph(model, Path(output), force=force)
     else:

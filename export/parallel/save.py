@@ -7,31 +7,44 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from export.errors import ExportError
 from export.parallel.plan import ShardingPlan
 from export.parallel.shard import shard
-from export.save import SavedModel, save_graph
+from export.parallel.weights import bind_rank_weights
+from export.save import SavedModel, save_graph, save_with_weights
+from export.weights import Source
 
 
-def save_rank_graphs(
+def save_ranks(
     model: ir.Model,
     plan: ShardingPlan,
     folder: Path,
+    source: Source | None = None,
     *,
     force: bool = False,
     on_rank: Callable[[int], None] | None = None,
 ) -> list[SavedModel]:
-    """Write `rank{r}.onnx` of every rank into an existing folder, without weights, one rank in memory at a time.
+    """Write `rank{r}.onnx` of every rank into `folder`, which is made if it is not there; one rank in memory at a time.
 
     Args:
-        model: the canonical graph of the whole model.
+        model: the canonical graph of the whole model, without weights.
+        source: the checkpoint that the files then refer to; without it, graphs alone are written.
         on_rank: called with each rank that is done.
 
     Raises:
-        ExportError: a file exists and `force` is not given, or the folder does not exist.
+        ExportError: a file exists and `force` is not given, or `folder` is a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"{folder} is a file; several ranks are written into a folder")
+    folder.mkdir(parents=True, exist_ok=True)
     saved = []
     for rank in plan.mapping.ranks:
-        saved.append(save_graph(shard(model, plan, rank), folder / f"rank{rank}.onnx", force=force))
+        mine, path = shard(model, plan, rank), folder / f"rank{rank}.onnx"
+        if source is None:
+            saved.append(save_graph(mine, path, force=force))
+        else:
+            bind_rank_weights(mine, plan, rank, source)
+            saved.append(save_with_weights(mine, path, force=force))
         if on_rank is not None:
             on_rank(rank)
     return saved

@@ -15,6 +15,7 @@ from mxcompile.cli.options import (
     json_option,
     layers_option,
     limits_options,
+    parallel_options,
     threads_option,
     verbose_option,
 )
@@ -33,9 +34,7 @@ from mxcompile.cli.options import (
 @dtype_option
 @layers_option
 @limits_options
-@click.option("--tp-size", type=int, default=1, show_default=True, metavar="N", help="Ranks that share the model.")
-@click.option("--moe-tp-size", type=int, metavar="N", help="Of them, how many share each expert's inner width.")
-@click.option("--moe-ep-size", type=int, metavar="N", help="Of them, how many share the experts out.")
+@parallel_options
 @threads_option
 @click.option("--force", is_flag=True, help="Replace an engine that is already there.")
 @config_option("output")

@@ -7,15 +7,23 @@ from typing import Any
 
 import click
 
-from mxcompile.cli.options import PATH, Verb, dtype_option, json_option, layers_option, verbose_option
+from mxcompile.cli.options import PATH, Verb, dtype_option, json_option, layers_option, parallel_options, verbose_option
 
 
 @click.command(cls=Verb)
 @click.argument("checkpoint", type=PATH, required=False)
 @click.option("--preset", metavar="NAME", help="Instead of a checkpoint: tiny, small, text-01 or m1, without weights.")
-@click.option("-o", "--output", type=PATH, required=True, metavar="FILE.onnx", help="File to write.")
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    required=True,
+    metavar="FILE.onnx",
+    help="File to write; for several ranks, the folder.",
+)
 @dtype_option
 @layers_option
+@parallel_options
 @click.option("--no-weights", is_flag=True, help="Write the graph alone; CHECKPOINT may then be a config.json.")
 @click.option("--force", is_flag=True, help="Replace a file that is already there.")
 @json_option

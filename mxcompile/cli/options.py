@@ -81,6 +81,14 @@ limits_options = together(
     prefill_chunk_option,
 )
 
+parallel_options = together(
+    click.option(
+        "--tp-size", type=int, default=1, show_default=True, metavar="N", help="Ranks that share the model by heads."
+    ),
+    click.option("--moe-tp-size", type=int, metavar="N", help="Of them, how many share each expert's inner width."),
+    click.option("--moe-ep-size", type=int, metavar="N", help="Of them, how many share the experts out."),
+)
+
 sampling_options = together(
     click.option(
         "--max-new-tokens",
