@@ -1,0 +1,40 @@
+"""Reports as files: JSON, and whatever text a page is. Written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mxcompile.errors import MxcompileError
+from mxcompile.validation.results import ValidationReport
+
+
+def write_json(report: ValidationReport, path: str | os.PathLike[str]) -> None:
+    """Write `report.to_dict()`. Raises OSError when the disk is full or the folder cannot be written to."""
+    write_text(path, json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> ValidationReport:
+    """Read a report that `write_json` wrote. Raises MxcompileError when it is none, or of another schema version."""
+    try:
+        values: Any = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise MxcompileError(f"{path}: not valid JSON ({error})") from None
+    try:
+        return ValidationReport.from_dict(values)
+    except MxcompileError as error:
+        raise MxcompileError(f"{path}: {error}") from None
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 file by way of a neighbour that is renamed when it is whole; makes the folder."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
