@@ -1,0 +1,25 @@
+"""TensorRT's own parser reads our collectives as it should: same kind, same ranks, right shapes."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+
+from export.parallel.collective import all_gather, all_reduce
+
+
+@pytest.mark.parametrize(("make", "rows"), [(all_reduce, 3), (all_gather, 12)])
+def test_parser_takes_the_collectives(make, rows: int) -> None:  # type: ignore[no-untyped-def]
+    trt = pytest.importorskip("tensorrt_rtx", reason="needs the TensorRT-RTX wheels")
+    value = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape([3, 8]))
+    node = make(value, 4)
+    graph = ir.Graph([value], node.outputs, nodes=[node], opset_imports={"": 24}, name="exchange")
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()), parser.get_error(0).desc()
+    layer = network[0]
+    assert layer.type == trt.LayerType.DIST_COLLECTIVE
+    assert layer.num_ranks == 4
+    assert tuple(layer.get_output(0).shape) == (rows, 8)
