@@ -1,0 +1,1 @@
+"""Triton Inference Server: the model repository, and starting the server on it."""

@@ -1,0 +1,308 @@
+"""Triton's side of an mxcompile engine: turns requests into messages for the engine process, and its answers back.
+
+Runs in the server's own Python, which needs numpy below 2 and nothing else; the engine runs in a process of its own,
+with the Python that the parameter `python` names. When that process dies, every live request is answered UNAVAILABLE and
+it is started again.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from wire import Wire
+
+# Names in pb_utils.TritonError, which exists only once the model is initialized.
+CODES = {"invalid": "INVALID_ARG", "unavailable": "UNAVAILABLE", "cancelled": "CANCELLED", "internal": "INTERNAL"}
+SCALARS = {
+    "stream": bool,
+    "max_tokens": int,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "repetition_penalty": float,
+    "seed": int,
+    "end_id": int,
+    "return_log_probs": bool,
+    "session_start": bool,
+}
+TEXTS = ("text_input", "session_id")
+POLL_CANCELLED_S = 0.05
+START_LIMIT_S = 600.0
+DRAIN_LIMIT_S = 60.0
+LONGEST_PAUSE_S = 30.0
+
+
+class Refused(Exception):
+    """A request that cannot be understood."""
+
+
+class TritonPythonModel:
+    """See https://github.com/triton-inference-server/python_backend for when each method is called."""
+
+    def initialize(self, args):
+        config = json.loads(args["model_config"])
+        given = {name: value["string_value"] for name, value in config["parameters"].items()}
+        folder = os.path.join(args["model_repository"], args["model_version"])
+        self._python = os.environ.get("MXCOMPILE_PYTHON") or given.pop("python")
+        given.pop("python", None)
+        self._settings = {name: json.loads(value) for name, value in given.items()}
+        self._settings["engine"] = os.path.join(folder, self._settings["engine"])
+        self._lock = threading.Lock()
+        self._live = {}  # id -> response sender
+        self._number = 0
+        self._closing = False
+        self._wire: Wire | None = None
+        self._drained = threading.Event()
+        self._metrics = Metrics(args["model_name"])
+        self._process, self._wire, self._engine = self._start()
+        threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def execute(self, requests):
+        for request in requests:
+            sender = request.get_response_sender()
+            number = None
+            try:
+                message = self._read(request)
+                with self._lock:
+                    wire = self._wire
+                    if wire is None:
+                        raise ConnectionError
+                    self._number += 1
+                    number = self._number
+                    self._live[number] = sender
+                wire.send([{"do": "generate", "id": number, **message}])
+            except Refused as error:
+                fail(sender, "invalid", str(error))
+            except OSError:
+                with self._lock:
+                    still = number is None or self._live.pop(number, None) is not None
+                if still:
+                    fail(sender, "unavailable", "the engine is being started again; try again in a moment")
+        return None
+
+    def finalize(self):
+        self._closing = True
+        try:
+            if self._wire is not None:
+                self._wire.send([{"do": "drain"}])
+                self._drained.wait(DRAIN_LIMIT_S)
+        except OSError:
+            pass  # it is gone already
+        stop(self._process)
+
+    def _start(self):
+        """Start the engine process; returns it, its wire, and what it says of itself."""
+        ours, theirs = socket.socketpair()
+        process = subprocess.Popen(
+            [self._python, "-m", "mxcompile.serving.worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONHOME"},
+        )
+        theirs.close()
+        wire = Wire(ours)
+        limit = threading.Timer(START_LIMIT_S, process.kill)
+        limit.start()
+        try:
+            wire.send([self._settings])
+            first = wire.receive()
+        except OSError:
+            first = None
+        finally:
+            limit.cancel()
+        if not first or first[0]["is"] != "ready":
+            stop(process)
+            why = (
+                first[0]["message"] if first else f"it ended with {process.returncode} (is mxcompile installed there?)"
+            )
+            raise pb_utils.TritonModelException(f"the engine process ({self._python}) did not start: {why}")
+        return process, wire, first[0]
+
+    def _listen(self):
+        """Answer with what the engine says; start it again when it is gone."""
+        while True:
+            assert self._wire is not None  # only this thread takes it away, and puts a new one
+            messages = self._wire.receive()
+            if messages is None:
+                if not self._closing:
+                    self._restart()
+                if self._closing:
+                    return
+                continue
+            for message in messages:
+                if message["is"] == "metrics":
+                    self._metrics.update(message)
+                elif message["is"] == "drained":
+                    self._drained.set()
+                    return
+                else:
+                    self._answer(message)
+
+    def _restart(self):
+        with self._lock:
+            self._wire = None
+            lost, self._live = self._live, {}
+        for sender in lost.values():
+            fail(sender, "unavailable", "the engine process ended; it is being started again, try again in a moment")
+        stop(self._process)
+        pause = 0.5
+        while not self._closing:
+            try:
+                process, wire, engine = self._start()
+            except Exception as error:
+                pb_utils.Logger.log_error(f"{error}; next attempt in {pause:g} s")
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+            else:
+                self._process, self._engine = process, engine
+                with self._lock:
+                    self._wire = wire
+                self._metrics.restarted()
+                return
+
+    def _answer(self, message):
+        number, final = message["id"], message["is"] != "token"
+        with self._lock:
+            sender = self._live.pop(number, None) if final else self._live.get(number)
+        if sender is None:
+            return
+        if message["is"] == "failed":
+            fail(sender, message["kind"], message["message"])
+            return
+        tensors = [
+            pb_utils.Tensor("text_output", np.array([message["text"].encode()], np.object_)),
+            pb_utils.Tensor("output_ids", np.array(message["ids"], np.int32)),
+        ]
+        if message["log_probs"]:
+            tensors.append(pb_utils.Tensor("output_log_probs", np.array(message["log_probs"], np.float32)))
+        if final:
+            tensors.append(pb_utils.Tensor("finish_reason", np.array([message["finish_reason"].encode()], np.object_)))
+            for name, key in (
+                ("num_input_tokens", "prompt_tokens"),
+                ("num_output_tokens", "output_tokens"),
+                ("num_cached_tokens", "cached_tokens"),
+            ):
+                tensors.append(pb_utils.Tensor(name, np.array([message[key]], np.int32)))
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+        try:
+            sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=flags)
+        except Exception as error:  # the client's end only: others are not to suffer
+            pb_utils.Logger.log_warn(f"request {number}: {error}")
+            self._cancel(number)
+
+    def _watch(self):
+        """Cancel what clients have left: only polling tells."""
+        while not self._closing:
+            time.sleep(POLL_CANCELLED_S)
+            with self._lock:
+                live = list(self._live.items())
+            for number, sender in live:
+                if sender.is_cancelled():
+                    self._cancel(number)
+
+    def _cancel(self, number):
+        wire = self._wire
+        try:
+            if wire is not None:
+                wire.send([{"do": "cancel", "id": number}])
+        except OSError:
+            pass  # it ends with the process
+
+    def _read(self, request):
+        """A request's tensors as plain values; parameters that are no inputs are refused, not ignored."""
+        unknown = sorted(json.loads(request.parameters() or "{}"))
+        if unknown:
+            raise Refused(f"unknown field {unknown[0]!r}; known are the inputs in this model's config")
+        message: dict = {}
+        for tensor in request.inputs():
+            name, array = tensor.name(), tensor.as_numpy()
+            if name == "input_ids":
+                message[name] = [int(token) for token in array.reshape(-1)]
+            elif name == "stop_words":
+                message[name] = [text(name, value) for value in array.reshape(-1)]
+            elif array.size != 1:
+                raise Refused(f"{name} must hold one value, not {array.size}")
+            elif name in TEXTS:
+                message[name] = text(name, array.reshape(-1)[0])
+            else:
+                value = array.reshape(-1)[0]
+                # The shortest decimal of a float32: 0.7 means 0.7, as it does on the command line.
+                message[name] = float(str(value)) if SCALARS[name] is float else SCALARS[name](value)
+        longest = self._engine["max_text_bytes"]
+        if len(message.get("text_input", "")) > longest or len(message.get("input_ids", ())) > longest:
+            raise Refused(f"the prompt is too long: the engine holds at most {self._engine['max_seq_len']} tokens")
+        return message
+
+
+class Metrics:
+    """The engine process's numbers among Triton's own."""
+
+    def __init__(self, model):
+        self._model = model
+        self._values = {}  # (name, labels) -> (metric, value)
+        self._families = {}  # must stay referenced
+        self._past = {}  # counters of engine processes that ended
+
+    def update(self, message):
+        for kind in ("counter", "gauge"):
+            for name, labels, value in message[kind]:
+                key = (name, tuple(sorted(labels.items())))
+                metric, before = self._metric(kind, name, labels, key)
+                if kind == "gauge":
+                    metric.set(value)
+                elif value + self._past.get(key, 0) > before:
+                    metric.increment(value + self._past.get(key, 0) - before)
+                    self._values[key] = (metric, value + self._past.get(key, 0))
+
+    def restarted(self):
+        self._past = {key: value for key, (_, value) in self._values.items()}
+
+    def _metric(self, kind, name, labels, key):
+        if key not in self._values:
+            if name not in self._families:
+                self._families[name] = pb_utils.MetricFamily(
+                    name=f"mxcompile_{name}",
+                    description=name.replace("_", " "),
+                    kind=getattr(pb_utils.MetricFamily, kind.upper()),
+                )
+            metric = self._families[name].Metric(labels={"model": self._model, **labels})
+            self._values[key] = (metric, 0)
+        return self._values[key]
+
+
+def fail(sender, kind, message):
+    """End a request with an error."""
+    error = pb_utils.TritonError(message, getattr(pb_utils.TritonError, CODES[kind]))
+    try:
+        sender.send(
+            pb_utils.InferenceResponse(output_tensors=[], error=error),
+            flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
+        )
+    except Exception as problem:
+        pb_utils.Logger.log_warn(f"an error could not be sent: {problem}")
+
+
+def text(name, value):
+    """UTF-8 bytes to text."""
+    try:
+        return value.decode() if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError as error:
+        raise Refused(f"{name} is not UTF-8 (byte {error.start})") from error
+
+
+def stop(process):
+    """End the engine process, whatever it does."""
+    try:
+        process.wait(2)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,123 @@
+"""A Triton Inference Server as a child process."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from mxcompile.errors import EnvironmentProblem, MxcompileError
+from mxcompile.serving.triton.environment import TritonInstallation, backend_directory
+
+DRAIN_S = 30
+
+
+class TritonServer:
+    """Serves a model repository until it is stopped. Use it in a with block."""
+
+    def __init__(
+        self,
+        installation: TritonInstallation,
+        repository: Path,
+        *,
+        host: str = "127.0.0.1",
+        http_port: int = 8000,
+        grpc_port: int = 8001,
+        metrics_port: int = 8002,
+        drain_s: int = DRAIN_S,
+        log: IO[str] | None = None,
+    ) -> None:
+        """Start it. `drain_s`: seconds that running requests have to end once it is asked to stop."""
+        self.host, self.http_port, self.grpc_port, self.metrics_port = host, http_port, grpc_port, metrics_port
+        self._drain_s = drain_s
+        self._backends = backend_directory(installation)
+        region = f"mxcompile_{os.getpid()}_{id(self):x}_"
+        self._shared_memory = region
+        command = [
+            str(installation.server),
+            f"--model-repository={repository}",
+            f"--backend-directory={self._backends}",
+            f"--backend-config=python,shm-region-prefix-name={region}",
+            *(f"--{kind}-address={host}" for kind in ("http", "grpc", "metrics")),
+            f"--http-port={http_port}",
+            f"--grpc-port={grpc_port}",
+            f"--metrics-port={metrics_port}",
+            "--disable-auto-complete-config",
+            f"--exit-timeout-secs={drain_s}",
+        ]
+        environment = os.environ | {
+            "PATH": f"{installation.python.parent}:{os.environ.get('PATH', '')}",
+            "LD_LIBRARY_PATH": f"{installation.library_dir}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":"),
+        }
+        for name in ("PYTHONHOME", "VIRTUAL_ENV"):
+            environment.pop(name, None)
+        try:
+            # A group of its own: Ctrl-C on the terminal must not reach it before this process has decided.
+            self._process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        except OSError as error:
+            shutil.rmtree(self._backends, ignore_errors=True)
+            raise EnvironmentProblem(f"{installation.server} cannot be started: {error.strerror}") from error
+
+    def __enter__(self) -> TritonServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Of the server process."""
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def wait_ready(self, limit_s: float = 600.0) -> None:
+        """Return when it serves. Raises MxcompileError when it ends before, or takes longer."""
+        end = time.monotonic() + limit_s
+        while time.monotonic() < end:
+            if self.returncode is not None:
+                raise MxcompileError("Triton ended while it was starting; its messages above say why")
+            if self.ready():
+                return
+            time.sleep(0.05)
+        raise MxcompileError(f"Triton was not ready after {limit_s:g} s")
+
+    def ready(self) -> bool:
+        """Whether it takes requests now."""
+        connection = http.client.HTTPConnection(self.host, self.http_port, timeout=5)
+        try:
+            connection.request("GET", "/v2/health/ready", headers={"Connection": "close"})
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def stop(self) -> int:
+        """Let running requests end, then stop it; returns its exit status."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(self._drain_s + 90)  # and time to write sessions to disk
+        if self._process.poll() is None or self._process.returncode != 0:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # stubs and engine of a server that did not end itself
+            self._process.wait()
+        shutil.rmtree(self._backends, ignore_errors=True)
+        for region in Path("/dev/shm").glob(f"{self._shared_memory}*"):  # what a killed server leaves
+            region.unlink(missing_ok=True)
+        return self._process.returncode

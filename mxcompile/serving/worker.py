@@ -1,0 +1,242 @@
+"""The engine process of a server: `python -m mxcompile.serving.worker FD` serves one front over an inherited socket.
+
+Messages in, after a first one with the settings: {"do": "generate", "id", ...}, {"do": "cancel", "id"},
+{"do": "drain"}. Messages out: "ready" or "no_start" first; then "token", "end" or "failed" per request id, "metrics" once
+a second, "drained" last. The process ends when its front is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engines.generation import GenerationConfig, GenerationError, TokenEvent
+from mxcompile.errors import MxcompileError
+from mxcompile.loading import LoadedEngine, load
+from mxcompile.serving.cache import MemoryBudget, SessionStore, StateCache
+from mxcompile.serving.requests import Event, Failed, Finished, Limits, Request, RequestError
+from mxcompile.serving.scheduler import Scheduler, Ticket
+from mxcompile.serving.state_file import engine_digest
+from mxcompile.serving.wire import Wire
+
+logger = logging.getLogger("mxcompile.serving")
+METRICS_EVERY_S = 1.0
+_TEXT_BYTES_PER_TOKEN = 64  # more than a prompt that fits can have, so that a longer one is refused unread
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a server sets. `cache_bytes` 0 keeps neither prefixes nor sessions."""
+
+    engine: str
+    threads: int | None = None
+    checkpoint: str | None = None
+    prefill_chunk: int | None = None
+    cache_bytes: int = 1 << 30
+    state_dir: str | None = None
+    max_queue: int = 256
+    max_wait_s: float = 60.0
+    max_prompt_tokens: int | None = None
+    prefill_budget: int | None = None
+
+
+class Worker:
+    """Joins a scheduler and a wire."""
+
+    def __init__(self, engine: LoadedEngine, settings: Settings, wire: Wire) -> None:
+        self._engine, self._wire = engine, wire
+        self._chunk = settings.prefill_chunk or engine.config.limits.prefill_chunk
+        self._sessions = cache = None
+        if settings.cache_bytes > 0:
+            budget, digest = MemoryBudget(settings.cache_bytes), engine_digest(engine.config)
+            folder = Path(settings.state_dir) if settings.state_dir else None
+            self._sessions = SessionStore(budget, digest, folder)
+            cache = StateCache(budget, self._chunk, digest)
+        self._scheduler = Scheduler(
+            engine.session,
+            limits=Limits(settings.max_queue, settings.max_wait_s, settings.max_prompt_tokens, settings.prefill_budget),
+            detokenizer=engine.tokenizer.detokenizer if engine.tokenizer is not None else None,
+            cache=cache,
+            sessions=self._sessions,
+            prefill_chunk=self._chunk,
+        )
+        self._out: list[dict[str, Any]] = []  # of the scheduler's thread, sent after each step
+        self._tickets: dict[int, Ticket] = {}
+        self._lock = threading.Lock()
+        self._draining = False
+
+    def describe(self) -> dict[str, Any]:
+        """The message that says what this engine takes."""
+        return {
+            "is": "ready",
+            "max_seq_len": self._engine.max_seq_len,
+            "max_batch_size": self._engine.max_batch_size,
+            "vocab_size": self._engine.session.vocab_size,
+            "tokenizer": self._engine.tokenizer is not None,
+            "max_text_bytes": self._engine.max_seq_len * _TEXT_BYTES_PER_TOKEN,
+        }
+
+    def run(self) -> None:
+        """Serve until the front is gone or has asked to drain. Raises what the engine raises."""
+        threading.Thread(target=self._listen, daemon=True).start()
+        reported = 0.0
+        try:
+            while not (self._draining and self._scheduler.idle):
+                self._scheduler.wait(METRICS_EVERY_S / 2)
+                self._scheduler.step()
+                if time.monotonic() - reported > METRICS_EVERY_S:
+                    self._out.append({"is": "metrics"} | self._scheduler.metrics.snapshot())
+                    reported = time.monotonic()
+                self._flush()
+        except BrokenPipeError:
+            pass  # the front is gone
+        except BaseException:
+            self._scheduler.fail_all("the engine failed; try again when it has been started anew")
+            self._flush()
+            raise
+        if self._sessions is not None:
+            self._sessions.flush()
+        self._out.append({"is": "drained"})
+        with contextlib.suppress(OSError):
+            self._flush()
+
+    def _flush(self) -> None:
+        with self._lock:
+            out, self._out = self._out, []
+        if out:
+            self._wire.send(out)
+
+    def _listen(self) -> None:
+        while (messages := self._wire.receive()) is not None:
+            for message in messages:
+                match message["do"]:
+                    case "generate":
+                        self._generate(message)
+                    case "cancel" if (ticket := self._tickets.get(message["id"])) is not None:
+                        self._scheduler.cancel(ticket)
+                    case "drain":
+                        self._draining = True
+                        self._scheduler.drain()
+        self._draining = True
+        self._scheduler.drain()
+        for ticket in list(self._tickets.values()):
+            self._scheduler.cancel(ticket)
+
+    def _generate(self, message: dict[str, Any]) -> None:
+        number = message["id"]
+        relay = Relay(number, bool(message.get("stream")), self._emit)
+        try:
+            request = self._request(message, relay)
+            # A request may end before its ticket is noted: only `emit`, which drops the note, needs the same lock.
+            with self._lock:
+                self._tickets[number] = self._scheduler.submit(request)
+        except (RequestError, GenerationError, MxcompileError) as error:
+            kind = error.kind if isinstance(error, RequestError) else "invalid"
+            text = str(error).replace("max_new_tokens", "max_tokens").replace("stop_strings", "stop_words")
+            self._emit([{"is": "failed", "id": number, "kind": kind, "message": text}])
+
+    def _request(self, message: dict[str, Any], emit: Callable[[Event], None]) -> Request:
+        text, ids = message.get("text_input"), message.get("input_ids")
+        given = [value for value in (text, ids) if value is not None]
+        if len(given) != 1:
+            raise RequestError("give either text_input or input_ids")
+        stops = [] if message.get("end_id") == -1 else [message["end_id"]] if "end_id" in message else None
+        config = GenerationConfig(
+            max_new_tokens=message.get("max_tokens", 128),
+            temperature=message.get("temperature", 0.0),
+            top_k=message.get("top_k", 0),
+            top_p=message.get("top_p", 1.0),
+            repetition_penalty=message.get("repetition_penalty", 1.0),
+            seed=message.get("seed", 0),
+            stop_token_ids=self._engine.eos_token_ids if stops is None else tuple(stops),
+            stop_strings=tuple(message.get("stop_words", ())),
+            logprobs=0 if message.get("return_log_probs") else None,
+        )
+        prompt = self._engine.tokens(given[0])
+        return Request(prompt, config, emit, message.get("session_id"), bool(message.get("session_start")))
+
+    def _emit(self, messages: list[dict[str, Any]]) -> None:
+        with self._lock:
+            self._out += messages
+            for message in messages:
+                if message["is"] in ("end", "failed"):
+                    self._tickets.pop(message["id"], None)
+        if threading.current_thread() is not threading.main_thread():
+            self._flush()  # a refusal: the scheduler may be asleep
+
+
+class Relay:
+    """Turns one request's events into messages; a streamed request's last token travels with its end."""
+
+    def __init__(self, number: int, stream: bool, send: Callable[[list[dict[str, Any]]], None]) -> None:
+        self._number, self._stream, self._send = number, stream, send
+        self._arrived = time.monotonic()
+        self._first: float | None = None
+        self._last: TokenEvent | None = None
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case TokenEvent():
+                self._first = self._first or time.monotonic() - self._arrived
+                self._last = event
+                if self._stream and event.finish_reason is None:
+                    logs = [event.logprobs.chosen] if event.logprobs is not None else []
+                    self._send_one({"is": "token", "text": event.text, "ids": [event.token], "log_probs": logs})
+            case Finished(result, cached):
+                text, ids = result.text or "", result.tokens
+                logs = [entry.chosen for entry in result.logprobs]
+                if self._stream:
+                    assert self._last is not None
+                    is_stop = isinstance(result.stop_reason, int)
+                    text, ids, logs = self._last.text, [] if is_stop else ids[-1:], [] if is_stop else logs[-1:]
+                ends = {"finish_reason": result.finish_reason, "prompt_tokens": result.prompt_tokens}
+                ends |= {"cached_tokens": cached, "output_tokens": len(result.tokens)}
+                self._log(**ends)
+                self._send_one({"is": "end", "text": text, "ids": ids, "log_probs": logs} | ends)
+            case Failed(kind, message):
+                self._log(finish_reason=kind)
+                self._send_one({"is": "failed", "kind": kind, "message": message})
+
+    def _send_one(self, message: dict[str, Any]) -> None:
+        self._send([message | {"id": self._number}])
+
+    def _log(self, **values: Any) -> None:
+        seconds = {"first_token_s": self._first, "total_s": time.monotonic() - self._arrived}
+        seconds = {name: round(value, 4) for name, value in seconds.items() if value is not None}
+        logger.info(json.dumps({"event": "request", "id": self._number} | values | seconds))
+
+
+def main() -> int:
+    """Serve the front at the other end of the socket whose descriptor is the first argument."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    wire = Wire(socket.socket(fileno=int(sys.argv[1])))
+    first = wire.receive()
+    if not first:
+        return 0
+    try:
+        settings = Settings(**first[0])
+        engine = load(settings.engine, threads=settings.threads, checkpoint=settings.checkpoint)
+        worker = Worker(engine, settings, wire)
+    except Exception as error:  # whatever it is, the front must hear of it
+        wire.send([{"is": "no_start", "message": str(error) if hasattr(error, "exit_code") else repr(error)}])
+        return 3
+    wire.send([worker.describe()])
+    try:
+        worker.run()
+    except Exception as error:
+        logger.error(json.dumps({"event": "engine_failed", "message": str(error)}))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
