@@ -22,6 +22,10 @@ _EXTRAS = {
     "onnx_ir": "build",
     "onnxscript": "build",
     "safetensors": "build",
+    "fastapi": "serve",
+    "httpx": "serve",
+    "pydantic": "serve",
+    "uvicorn": "serve",
     "transformers": "transformers",
     "tensorrt_rtx": "tensorrt-rtx",
 }

@@ -20,6 +20,8 @@ from mxcompile.cli.errors import report
 VERBS = {
     "build": "Compile a checkpoint into an engine directory.",
     "run": "Generate with a built engine.",
+    "serve": "Serve an engine with Triton Inference Server and an OpenAI-compatible API.",
+    "triton": "Write a Triton model repository of an engine.",
     "validate": "Compare an engine with the PyTorch definition of its checkpoint.",
     "inspect": "Describe an engine directory, a checkpoint or an ONNX file.",
     "export": "Write the canonical ONNX graph of a checkpoint or a preset.",

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -85,10 +86,12 @@ class TritonServer:
         """None while it runs."""
         return self._process.poll()
 
-    def wait_ready(self, limit_s: float = 600.0) -> None:
-        """Return when it serves. Raises MxcompileError when it ends before, or takes longer."""
+    def wait_ready(self, limit_s: float = 600.0, stop: threading.Event | None = None) -> None:
+        """Return when it serves, or `stop` is set. Raises MxcompileError when it ends before, or takes longer."""
         end = time.monotonic() + limit_s
         while time.monotonic() < end:
+            if stop is not None and stop.is_set():
+                return
             if self.returncode is not None:
                 raise MxcompileError("Triton ended while it was starting; its messages above say why")
             if self.ready():
