@@ -29,9 +29,13 @@ if TYPE_CHECKING:
     from model_defs.checkpoint.reader import Checkpoint
     from model_defs.config import ModelConfig
 
-TARGET_DTYPES = {"onnxruntime": ("float32",)}
-"""Targets, and the types of weights and activations that each can run: ONNX Runtime's CPU kernels of the contributed
-operators (LinearAttention, MoE beside an fp32 router) take fp32.
+TARGET_DTYPES = {
+    "onnxruntime": ("float32",),
+    "tensorrt-rtx": ("bfloat16", "float16"),
+    "tensorrt": ("bfloat16", "float16"),
+}
+"""Targets, and the types of weights and activations that each can run, the default first: ONNX Runtime's CPU kernels of
+the contributed operators (LinearAttention, MoE beside an fp32 router) take fp32, our TensorRT plugins the 16-bit types.
 """
 
 
@@ -50,6 +54,7 @@ class BuildSummary:
     referenced_bytes: int  # weights that are read from the checkpoint where they lie
     seconds: dict[str, float]  # by stage
     peak_memory: int  # most resident memory of this process so far
+    skipped: bool = False  # nothing was done: the engine that is there was built from the same things
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -61,7 +66,9 @@ def build(
     output: str | Path,
     *,
     target: str = "onnxruntime",
-    dtype: str = "float32",
+    dtype: str | None = None,
+    gpu: str | None = None,
+    strip_weights: bool = False,
     layers: int | None = None,
     max_batch_size: int = 8,
     max_seq_len: int = 4096,
@@ -76,7 +83,9 @@ def build(
     """Compile the checkpoint in a folder into an engine directory, whole or not at all.
 
     Args:
-        dtype: of weights and activations; states and logits are fp32.
+        dtype: of weights and activations; states and logits are fp32. Default: the target's first of TARGET_DTYPES.
+        gpu: what a TensorRT engine is for, by a name of `engines.tensorrt.gpus`; default: the target's usual one.
+        strip_weights: keep the weights out of a TensorRT engine; it reads them from the checkpoint when it is loaded.
         layers: take the first ones only; each computes what it does in the full model.
         max_seq_len: most tokens of one sequence, prompt and output together.
         prefill_chunk: tokens of one piece of a long prompt; default: the target's.
@@ -90,15 +99,39 @@ def build(
         libraries, 1 when the finished engine computes something that is not finite.
     """
     check_choice("target", target, tuple(TARGET_DTYPES))
+    dtype = TARGET_DTYPES[target][0] if dtype is None else dtype
     check_choice("dtype", dtype, DTYPES)
     if dtype not in TARGET_DTYPES[target]:
-        known = ", ".join(TARGET_DTYPES[target])
-        raise MxcompileError(f"the target {target} runs {known}, not {dtype}; build with --dtype {known}")
+        known = TARGET_DTYPES[target]
+        raise MxcompileError(f"the target {target} runs {', '.join(known)}, not {dtype}; build with --dtype {known[0]}")
+    if target != "onnxruntime":
+        if tp_size > 1:
+            raise MxcompileError(
+                f"the target {target} builds for one rank; leave --tp-size out, or build for onnxruntime"
+            )
+        from mxcompile.tensorrt_building import build_tensorrt
+
+        return build_tensorrt(
+            checkpoint,
+            output,
+            target=target,
+            dtype=dtype,
+            gpu=gpu,
+            strip_weights=strip_weights,
+            layers=layers,
+            max_batch_size=max_batch_size,
+            max_seq_len=max_seq_len,
+            prefill_chunk=prefill_chunk,
+            force=force,
+            progress=progress,
+        )
+    if gpu is not None or strip_weights:
+        raise MxcompileError(f"--gpu and --strip-weights are for the TensorRT targets, not for {target}")
     clock = StageClock(progress or SilentProgress())
     with EngineDirWriter(output, force=force) as writer:
         with clock.stage("read"):
             opened, config = open_checkpoint(Path(checkpoint), layers)
-            _check_limits(config, max_batch_size, max_seq_len, prefill_chunk)
+            check_limits(config, max_batch_size, max_seq_len, prefill_chunk)
             plan = _sharding_plan(config, tp_size, moe_tp_size, moe_ep_size)
             fingerprint = opened.fingerprint()
         with clock.stage("trace"), _torch_threads(threads):
@@ -120,9 +153,9 @@ def build(
             versions=_versions(),
             mapping=EngineMapping(**dataclasses.asdict(plan.mapping)),
         )
-        with _StageByName(clock) as report:
+        with StageByName(clock) as report:
             if tp_size == 1:
-                referenced = _referenced_bytes(model)
+                referenced = referenced_bytes(model)
                 engine = build_engine(model, writer, request, report)
             else:
                 engine, referenced = _build_ranks(model, plan, opened, writer, request, report)
@@ -141,7 +174,7 @@ def build(
         parameters=sum(config.parameter_counts().values()),
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
-        sizes=_sizes(engine),
+        sizes=engine_sizes(engine),
         referenced_bytes=referenced,
         seconds={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
         peak_memory=peak_memory(),
@@ -189,7 +222,7 @@ def _build_ranks(
     checkpoint: Checkpoint,
     writer: EngineDirWriter,
     request: BuildRequest,
-    report: _StageByName,
+    report: StageByName,
 ) -> tuple[EngineConfig, int]:
     """All ranks' files from one trace; also the bytes that stay in the checkpoint, of all ranks together."""
     from engines.parallel.build import build_ranks
@@ -202,13 +235,13 @@ def _build_ranks(
         nonlocal referenced
         mine = shard(model, plan, rank)
         bind_rank_weights(mine, plan, rank, checkpoint)
-        referenced += _referenced_bytes(mine)
+        referenced += referenced_bytes(mine)
         return mine
 
     return build_ranks(graph_of, writer, request, report), referenced
 
 
-class _StageByName:
+class StageByName:
     """Turns the engine builders' callback (stage, done, total) into stages that follow each other."""
 
     def __init__(self, progress: Progress) -> None:
@@ -218,7 +251,7 @@ class _StageByName:
         self._stage: Stage | None = None
         self._done = 0
 
-    def __enter__(self) -> _StageByName:
+    def __enter__(self) -> StageByName:
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -234,17 +267,21 @@ class _StageByName:
         self._done = done
 
 
-def _referenced_bytes(model: ir.Model) -> int:
+def referenced_bytes(model: ir.Model) -> int:
+    """Bytes of initializers that are used where they lie."""
     import onnx_ir as ir
 
     tensors = (value.const_value for value in model.graph.initializers.values())
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
 
 
-def _sizes(engine: EngineConfig) -> dict[str, int]:
+def engine_sizes(engine: EngineConfig) -> dict[str, int]:
+    """Bytes of an engine's files by kind, and in total."""
     sizes = {"graph": 0, "weights": 0, "other": 0}
     for name, record in engine.files.items():
-        kind = "graph" if name.endswith((".onnx", ".pieces")) else "weights" if ".weights." in name else "other"
+        kind = (
+            "graph" if name.endswith((".onnx", ".pieces", ".engine")) else "weights" if ".weights." in name else "other"
+        )
         sizes[kind] += record.size
     return sizes | {"total": sum(sizes.values())}
 
@@ -274,7 +311,8 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check_limits(config: ModelConfig, max_batch_size: int, max_seq_len: int, prefill_chunk: int | None) -> None:
+def check_limits(config: ModelConfig, max_batch_size: int, max_seq_len: int, prefill_chunk: int | None) -> None:
+    """MxcompileError where the model has fewer positions than asked for, or a limit is not positive."""
     if max_seq_len > config.max_position_embeddings:
         raise MxcompileError(
             f"--max-seq-len {max_seq_len} is more than the {config.max_position_embeddings} positions of this model"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,18 @@ from engines.config import Checkpoint, EngineConfig, Limits, Mapping, RankFiles
 from engines.contract import port, states
 from engines.directory import EngineDirWriter
 from engines.errors import ENVIRONMENT, EngineError
+from engines.placing import Progress, place_weights
 from engines.tensorrt.gpus import Gpu, aim_at
-from engines.tensorrt.lowering import lower
+from engines.tensorrt.lengths import attention_for, capacity_for
+from engines.tensorrt.lowering import Attention, lower
 from engines.tensorrt.messages import failure, make_logger
 from engines.tensorrt.network import INLINE_LIMIT, describe_layers, parse
 from engines.tensorrt.profiles import Shapes, add_profiles
+from engines.tensorrt.timing import TimingCache
 
 DEFAULT_PREFILL_CHUNK = 2048
-# progress(stage, done, total)
-Progress = Callable[[str, int, int], None]
+DTYPES = ("bfloat16", "float16")
+TOKEN_INPUTS = ("input_ids", "new_lengths", "past_lengths", "logit_positions")
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,29 @@ class BuildRequest:
     max_seq_len: int
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK
     dtype: str = "bfloat16"
+    strip_weights: bool = False  # keep them out of the plan; a session binds them
     checkpoint: Checkpoint | None = None
     mapping: Mapping = field(default_factory=Mapping)
     rank: int = 0
     mxcompile_version: str = "unknown"
     versions: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # kept in the configuration as they are
     verbose: bool = False
+
+    @property
+    def chunk(self) -> int:
+        """Most new tokens of one step."""
+        return min(self.prefill_chunk, self.max_seq_len)
+
+    @property
+    def capacity(self) -> int:
+        """Positions of the key/value cache."""
+        return capacity_for(self.max_seq_len)
+
+    @property
+    def attention(self) -> Attention:
+        """How lengths reach attention."""
+        return attention_for(self.max_batch_size, self.chunk, self.capacity)
 
 
 def build(
@@ -56,68 +76,129 @@ def build(
 ) -> EngineConfig:
     """Lower `model` in place, compile it for `request.gpu` and write one rank's files with `writer`; commit them yourself.
 
-    Initializers are `ir.ExternalTensor` (their file is mapped) or lazy tensors (made one at a time and parked in a temporary file, so
-    that memory holds one of them). Raises EngineError with TensorRT's own reason; exit code 3 where TensorRT or the plugin library
-    is missing.
+    Initializers are `ir.ExternalTensor` (their file is mapped) or lazy tensors (made one at a time and parked in a file, so that
+    memory holds one of them). With `strip_weights` they become inputs of the plan, which is then small: those that lie in the
+    checkpoint stay there, derived ones are written beside the plan. Raises EngineError with TensorRT's own reason; exit code 3
+    where TensorRT or the plugin library is missing.
     """
     report = progress or (lambda stage, done, total: None)
-    if request.dtype not in ("float16", "bfloat16"):
+    if request.dtype not in DTYPES:
         raise EngineError(
-            f"target {request.target} runs float16 and bfloat16, not {request.dtype}; give --dtype bfloat16"
+            f"target {request.target} runs {' and '.join(DTYPES)}, not {request.dtype}; give --dtype bfloat16"
         )
-    trt, plugins = _load(request.target, plugin_folder)
-    chunk = min(request.prefill_chunk, request.max_seq_len)
-    report("lower", 0, 1)
-    try:
-        lower(model, request.max_seq_len)
-    except (ValueError, ir.passes.PassError) as error:
-        raise EngineError(f"the graph cannot be lowered to TensorRT: {error.__cause__ or error}") from error
-    report("lower", 1, 1)
-    logger = make_logger(trt, request.verbose)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    aim_at(trt, config, request.gpu, request.target)
-    vocab_size = int(request.model["vocab_size"])
-    shapes = Shapes(request.max_batch_size, chunk, vocab_size)
+    trt, plugins = load_runtime(request.target, plugin_folder)
+    lower_graph(model, request, report)
+    weights_name = None
     assert writer.path is not None
     with tempfile.TemporaryFile(dir=writer.path) as parking:
-        weights = dict(_arrays(model, parking, report))
-        parser = parse(trt, network, logger, model, weights)
-        add_profiles(builder, config, network, shapes)
-        config.progress_monitor = _monitor(trt, report)
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            raise failure("building the engine", logger)
-        graph_name = f"rank{request.rank}.engine"
-        with writer.open(graph_name) as file:
-            file.write(memoryview(plan))
-        writer.write(f"rank{request.rank}.layers.json", json.dumps(describe_layers(network, model)))
-        del parser, weights
+        if request.strip_weights:
+            weights_name, data_name = f"rank{request.rank}.weights.json", f"rank{request.rank}.weights.bin"
+            manifest = place_weights(model, writer, data_name, request.checkpoint, report, dtype_of=_dtype)
+            writer.write(weights_name, manifest.to_json())
+            weights_to_inputs(model, [record.name for record in manifest.tensors])
+            weights = {}
+        else:
+            weights = dict(_arrays(model, parking, report))
+        compiled = compile_plan(trt, model, weights, request, report)
+        del weights
+    graph_name = f"rank{request.rank}.engine"
+    with writer.open(graph_name) as file:
+        file.write(memoryview(compiled.plan))
+    writer.write(f"rank{request.rank}.layers.json", json.dumps(compiled.layers))
+    own_inputs = [value for value in model.graph.inputs if value.name not in compiled.weight_inputs]
     return EngineConfig(
         mxcompile_version=request.mxcompile_version,
         target=request.target,
         model=request.model,
         dtype=request.dtype,
         mapping=request.mapping,
-        limits=Limits(request.max_batch_size, request.max_seq_len, chunk),
-        inputs=[port(value) for value in model.graph.inputs],
+        limits=Limits(request.max_batch_size, request.max_seq_len, request.chunk),
+        inputs=[port(value) for value in own_inputs],
         outputs=[port(value) for value in model.graph.outputs],
         states=list(states(model.graph)),
-        ranks=[RankFiles(request.rank, graph_name)],
+        ranks=[RankFiles(request.rank, graph_name, weights_name)],
         checkpoint=request.checkpoint,
         versions={request.target: trt.__version__, "plugins_tensorrt_headers": plugins.headers} | request.versions,
         options={
             "gpu": request.gpu.name,
             "compute_capability": request.gpu.capability,
-            "max_positions": shapes.max_positions,
-            "warnings": logger.warnings[:20],
-        },
+            "attention": request.attention,
+            "capacity": request.capacity,
+            "max_positions": _shapes(request).max_positions,
+            "strip_weights": request.strip_weights,
+            "warnings": compiled.warnings,
+        }
+        | request.options,
     )
 
 
-def _load(target: str, plugin_folder: Path | None) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class CompiledPlan:
+    """`plan` is TensorRT's host memory with the serialized engine."""
+
+    plan: Any
+    layers: list[dict[str, Any]]
+    weight_inputs: frozenset[str]
+    warnings: list[str]
+
+
+def lower_graph(model: ir.Model, request: BuildRequest, report: Progress) -> None:
+    """Lower `model` in place as `request` wants it. EngineError where it is not canonical."""
+    report("lower", 0, 1)
+    try:
+        lower(model, request.capacity, request.attention)
+    except (ValueError, ir.passes.PassError) as error:
+        raise EngineError(f"the graph cannot be lowered to TensorRT: {error.__cause__ or error}") from error
+    report("lower", 1, 1)
+
+
+def weights_to_inputs(model: ir.Model, names: Sequence[str]) -> None:
+    """Let initializers be graph inputs instead, behind all others."""
+    for name in names:
+        value = model.graph.initializers.pop(name)
+        value.const_value = None
+        model.graph.inputs.append(value)
+
+
+def compile_plan(
+    trt: Any, model: ir.Model, weights: dict[str, np.ndarray], request: BuildRequest, report: Progress
+) -> CompiledPlan:
+    """Compile a lowered graph. `weights`: the arrays of its external initializers; TensorRT reads them where they lie."""
+    logger = make_logger(trt, request.verbose)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    aim_at(trt, config, request.gpu, request.target)
+    timings = TimingCache.of(trt, config, request.target, request.gpu)
+    parser = parse(trt, network, logger, model, weights)
+    add_profiles(builder, config, network, _shapes(request))
+    monitor = config.progress_monitor = _monitor(trt, report)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise failure("building the engine", logger)
+    timings.keep(config)
+    bound = {value.name for value in model.graph.inputs if value.name and is_weight(value.name)}
+    layers = describe_layers(network, model)
+    del parser, monitor
+    return CompiledPlan(plan, layers, frozenset(bound), logger.warnings[:20])
+
+
+def is_weight(name: str) -> bool:
+    """Whether a graph input is a weight rather than tokens, lengths or a state."""
+    return name not in TOKEN_INPUTS and not name.startswith("past_key_values.")
+
+
+def _shapes(request: BuildRequest) -> Shapes:
+    return Shapes(request.max_batch_size, request.chunk, int(request.model["vocab_size"]))
+
+
+def _dtype(name: str, tensor: Any) -> str:
+    return str(tensor.dtype.numpy().name)
+
+
+def load_runtime(target: str, plugin_folder: Path | None) -> tuple[Any, Any]:
+    """TensorRT's Python module and the registered plugin library. EngineError (exit code 3) where one is missing."""
     from plugins.errors import PluginsError
     from plugins.tensorrt_runtime import load_plugins, load_tensorrt
 

@@ -9,9 +9,9 @@ import click
 
 from mxcompile.cli.config_file import config_option
 from mxcompile.cli.options import (
+    DTYPES,
     PATH,
     Verb,
-    dtype_option,
     json_option,
     layers_option,
     limits_options,
@@ -26,12 +26,16 @@ from mxcompile.cli.options import (
 @click.option("-o", "--output", type=PATH, required=True, metavar="ENGINE_DIR", help="Folder to write the engine to.")
 @click.option(
     "--target",
-    type=click.Choice(["onnxruntime"]),
+    type=click.Choice(["onnxruntime", "tensorrt-rtx", "tensorrt"]),
     default="onnxruntime",
     show_default=True,
     help="What runs the engine.",
 )
-@dtype_option
+@click.option("--dtype", type=click.Choice(DTYPES), help="Type of weights and activations.  [default: the target's]")
+@click.option("--gpu", metavar="NAME", help="GPU a TensorRT engine is for, such as rtx-4090 or h20.")
+@click.option(
+    "--strip-weights", is_flag=True, help="Leave weights out of a TensorRT engine; read them when it is loaded."
+)
 @layers_option
 @limits_options
 @parallel_options
@@ -60,7 +64,7 @@ def command(checkpoint: Path, output: Path, as_json: bool, verbose: bool, **opti
     from mxcompile.cli.output import bytes_text, count_text, print_pairs
 
     print_pairs(
-        f"Built {summary.output}",
+        f"Up to date: {summary.output}" if summary.skipped else f"Built {summary.output}",
         {
             "target": f"{summary.target}, {summary.dtype}",
             "model": f"{summary.layers} layers, {count_text(summary.parameters)} parameters",

@@ -1,0 +1,174 @@
+"""From a checkpoint to a TensorRT engine directory. `mxcompile.building.build` comes here for the two TensorRT targets."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engines.config import Checkpoint as CheckpointReference
+from engines.config import EngineConfig
+from engines.directory import EngineDirWriter, read_config, verify_files
+from engines.errors import EngineError
+from engines.tensorrt.gpus import Gpu, find_gpu
+from mxcompile import __version__
+from mxcompile.building import BuildSummary, StageByName, check_limits, engine_sizes, referenced_bytes
+from mxcompile.errors import EnvironmentProblem, MxcompileError
+from mxcompile.exporting import bound_graph, open_checkpoint, peak_memory
+from mxcompile.progress import Progress, SilentProgress, StageClock
+
+if TYPE_CHECKING:
+    from model_defs.config import ModelConfig
+
+_BUILD_KEY = "build_key"
+
+
+def build_tensorrt(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    target: str,
+    dtype: str,
+    gpu: str | None = None,
+    strip_weights: bool = False,
+    layers: int | None = None,
+    max_batch_size: int = 8,
+    max_seq_len: int = 4096,
+    prefill_chunk: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> BuildSummary:
+    """Compile the checkpoint in a folder into a TensorRT engine directory, whole or not at all; see `mxcompile.building.build`.
+
+    An engine at `output` that was built from the same checkpoint, options and versions is left as it is, unless `force` says to
+    build it again. The plugin library is compiled where it is not there. The engine is not run: it is for the GPU called `gpu`,
+    which this machine need not have.
+
+    Raises as `build` does; exit code 3 also where TensorRT, or what the plugin library is compiled with, is missing.
+    """
+    from engines.tensorrt.build import DEFAULT_PREFILL_CHUNK, BuildRequest
+    from engines.tensorrt.build import build as build_engine
+
+    wanted = find_gpu(gpu, target)
+    clock = StageClock(progress or SilentProgress())
+    with clock.stage("read"):
+        opened, config = open_checkpoint(Path(checkpoint), layers)
+        check_limits(config, max_batch_size, max_seq_len, prefill_chunk)
+        _check_heads(config, target)
+        versions = _versions(target)
+        request = BuildRequest(
+            model=config.to_dict(),
+            target=target,
+            gpu=wanted,
+            max_batch_size=max_batch_size,
+            max_seq_len=max_seq_len,
+            prefill_chunk=prefill_chunk or DEFAULT_PREFILL_CHUNK,
+            dtype=dtype,
+            strip_weights=strip_weights,
+            checkpoint=CheckpointReference(str(opened.folder), opened.fingerprint()),
+            mxcompile_version=__version__,
+            versions=versions,
+        )
+        key = _key(request)
+        known = None if force else _finished(Path(output), key)
+    referenced = 0
+    if known is None:
+        with EngineDirWriter(output, force=force) as writer:
+            _ensure_plugins(wanted, clock)
+            with clock.stage("trace"):
+                model = bound_graph(config, dtype, opened)
+            referenced = referenced_bytes(model) if strip_weights else 0
+            options = {_BUILD_KEY: key, "layers": layers, "target": target}
+            with StageByName(clock) as report:
+                engine = build_engine(model, writer, dataclasses.replace(request, options=options), report)
+            for file in opened.tokenizer_files:
+                writer.add(file.name, file)
+            engine = writer.commit(engine)
+    else:
+        engine = known
+    return BuildSummary(
+        output=str(output),
+        target=target,
+        dtype=dtype,
+        layers=config.num_layers,
+        parameters=sum(config.parameter_counts().values()),
+        max_batch_size=max_batch_size,
+        max_seq_len=max_seq_len,
+        sizes=engine_sizes(engine),
+        referenced_bytes=referenced,
+        seconds={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
+        peak_memory=peak_memory(),
+        skipped=known is not None,
+    )
+
+
+def _key(request: Any) -> str:
+    """Digest of everything that the engine depends on; where the checkpoint lies is not among it."""
+    facts = dataclasses.asdict(request)
+    facts["checkpoint"] = facts["checkpoint"]["fingerprint"]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _finished(output: Path, key: str) -> EngineConfig | None:
+    """The engine at `output` if it is whole and was built from the same things."""
+    try:
+        config = read_config(output)
+        if config.options.get(_BUILD_KEY) != key:
+            return None
+        verify_files(output, config)
+    except EngineError:
+        return None
+    return config
+
+
+def _ensure_plugins(gpu: Gpu, clock: StageClock) -> None:
+    """Compile the plugin library for `gpu` where there is none."""
+    from plugins import catalog
+    from plugins.build import TENSORRT_LIBRARY
+    from plugins.build import build as build_plugins
+    from plugins.errors import LibraryError, PluginsError
+    from plugins.library import library_path
+
+    try:
+        library_path(name=TENSORRT_LIBRARY)
+        return
+    except LibraryError:
+        pass
+    architecture = catalog.architecture_for(gpu.capability)
+    try:
+        with clock.stage("compile plugins"):
+            build_plugins(catalog.ARCHITECTURES if architecture is None else (architecture,), tensorrt=True)
+    except PluginsError as error:
+        raise EnvironmentProblem(
+            f"the plugin library is not built and cannot be built here: {error} (`mxcompile plugins build` does it apart)"
+        ) from error
+
+
+def _check_heads(config: ModelConfig, target: str) -> None:
+    from plugins.catalog import find
+
+    attention = find("LinearAttention")
+    known = attention.head_dims if attention is not None else ()
+    if config.head_dim not in known:
+        raise MxcompileError(
+            f"target {target} runs heads of {' or '.join(map(str, known))} channels, this model has {config.head_dim}; "
+            "build it for onnxruntime"
+        )
+
+
+def _versions(target: str) -> dict[str, str]:
+    import onnx
+    import torch
+
+    from plugins.tensorrt_runtime import load_tensorrt
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        target: str(load_tensorrt(target).__version__),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
