@@ -9,7 +9,9 @@ Shape suffixes: n tokens, D hidden, E experts, k chosen experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,9 @@ from mxcompile.validation.results import Fault, LayerErrors
 from mxcompile.validation.thresholds import Thresholds
 
 _SHARE_OF_WRONG = 0.99  # of an expert's tokens: from there on the expert is called wrong
+_CLEARLY_OVER = 10.0  # times the limit: no rounding that builds up
+_STEP = 4.0  # factor between neighbouring values that rounding does not make
+_NOISE = 0.01  # of the limit: smaller errors are not told apart
 
 
 def layer_errors(
@@ -70,6 +75,20 @@ def chosen(router_nE: NDArray, k: int) -> NDArray[np.bool_]:
     return out
 
 
+@dataclass(frozen=True)
+class _Probe:
+    """One error of a layer and its limit, in the order in which values come about."""
+
+    item: LayerErrors
+    what: Literal["states", "router", "hidden"]
+    value: float
+    limit: float
+
+    @property
+    def strain(self) -> float:
+        return self.value / self.limit
+
+
 def first_fault(
     run: str,
     errors: Sequence[LayerErrors],
@@ -79,45 +98,64 @@ def first_fault(
     experts_per_token: int,
     session: Session | None,
 ) -> Fault | None:
-    """The first value over its limit. `session` is the reference's, for telling router from attention; None when the run
-    was not one piece of a fresh sequence."""
-    for item in errors:
-        state = _state_fault(item, thresholds, run)
-        if state is not None:
-            return state
-        hidden = item.hidden if thresholds.exact else item.hidden_median
-        router_off = item.router is not None and item.router > thresholds.router.value
-        hidden_off = hidden is not None and hidden > thresholds.hidden.value
-        if router_off:
-            assert item.router is not None
-            kind, part = _router_or_attention(item, reference, other, thresholds, session)
-            return Fault(item.layer, kind, part, run, "router logits off by", item.router, thresholds.router.value)
-        if hidden_off:
-            assert hidden is not None
-            experts = wrong_experts(reference, other, item.layer, thresholds, experts_per_token)
-            measure = "relative error of the residual stream"
-            return Fault(
-                item.layer, "experts", "the experts' output", run, measure, hidden, thresholds.hidden.value, experts
-            )
-    return None
+    """Where the runs leave each other, if any value is over its limit: the first such value; or, when it is only a little over, the
+    value at which errors step up most, as a small fault passes its limit some layers later.
 
-
-def _state_fault(item: LayerErrors, thresholds: Thresholds, run: str) -> Fault | None:
-    limit = thresholds.states.value
-    embedding = ", or the embedding" if item.layer == 0 else ""
-    over = {name for name in ("state", "key", "value") if (getattr(item, name) or 0.0) > limit}
-    if not over:
+    `session` is the reference's, for telling router from attention; None when the run was not one piece of a fresh sequence.
+    """
+    probes = list(_probes(errors, thresholds))
+    over = next((probe for probe in probes if probe.value > probe.limit), None)
+    if over is None:
         return None
-    if "state" in over:
-        part = "recurrent state, that is the input norm, the key and value projections or the decay"
-    elif over == {"key"}:
-        part = "keys, that is the key projection or the rotary embedding"
-    elif over == {"value"}:
-        part = "values, that is the value projection"
-    else:
-        part = "keys and values, that is the input norm or their projections"
-    value = max(getattr(item, name) for name in over)
-    return Fault(item.layer, item.kind, part + embedding, run, "relative error", value, limit)
+    if over.strain <= _CLEARLY_OVER:
+        step = _largest_step(probes)
+        if step is None:
+            part = "errors build up over the layers, none stands out"
+            return Fault(over.item.layer, "unknown", part, run, "error", over.value, over.limit)
+        over = step
+    item = over.item
+    if over.what == "states":
+        return Fault(item.layer, item.kind, _state_part(item), run, "relative error", over.value, over.limit)
+    if over.what == "router":
+        kind, part = _router_or_attention(item, reference, other, thresholds, session)
+        return Fault(item.layer, kind, part, run, "router logits off by", over.value, over.limit)
+    experts = wrong_experts(reference, other, item.layer, thresholds, experts_per_token)
+    measure = "relative error of the residual stream"
+    return Fault(item.layer, "experts", "the experts' output", run, measure, over.value, over.limit, experts)
+
+
+def _probes(errors: Sequence[LayerErrors], thresholds: Thresholds) -> Iterator[_Probe]:
+    for item in errors:
+        states = [value for value in (item.state, item.key, item.value) if value is not None]
+        if states:
+            yield _Probe(item, "states", max(states), thresholds.states.value)
+        if item.router is not None:
+            yield _Probe(item, "router", item.router, thresholds.router.value)
+        hidden = item.hidden if thresholds.exact else item.hidden_median
+        if hidden is not None:
+            yield _Probe(item, "hidden", hidden, thresholds.hidden.value)
+
+
+def _largest_step(probes: Sequence[_Probe]) -> _Probe | None:
+    """The probe that exceeds everything before it by the largest factor, if that is a step at all."""
+    best, factor, before = None, _STEP, _NOISE
+    for probe in probes:
+        if probe.strain / before >= factor:
+            best, factor = probe, probe.strain / before
+        before = max(before, probe.strain)
+    return best
+
+
+def _state_part(item: LayerErrors) -> str:
+    embedding = ", or the embedding" if item.layer == 0 else ""
+    if item.kind == "lightning":
+        return f"recurrent state, that is the input norm, the key and value projections or the decay{embedding}"
+    key, value = item.key or 0.0, item.value or 0.0
+    if value < key / 10:
+        return f"keys, that is the key projection or the rotary embedding{embedding}"
+    if key < value / 10:
+        return f"values, that is the value projection{embedding}"
+    return f"keys and values, that is the input norm or their projections{embedding}"
 
 
 def _router_or_attention(
@@ -125,10 +163,10 @@ def _router_or_attention(
 ) -> tuple[str, str]:
     """If the reference, given the engine's router logits, gives out what the engine does, only the router is wrong."""
     rerouted = getattr(session, "hidden_if_routed", None)
-    if rerouted is not None and other.router is not None and other.hidden is not None:
+    if rerouted is not None and other.router is not None and other.hidden is not None and item.hidden:
         hidden_nD = rerouted(item.layer, reference.tokens, other.router[item.layer])
-        errors_n = metrics.relative_norm(hidden_nD, other.hidden[item.layer])
-        if _summary(errors_n, thresholds) <= thresholds.hidden.value:
+        left = float(metrics.relative_norm(hidden_nD, other.hidden[item.layer]).max())
+        if left <= 0.1 * item.hidden:
             return "router", "the router's weights"
     detail = "norm or gate, " if item.kind == "lightning" else ""
     return item.kind, f"its output, that is the queries, {detail}the output projection or the norm behind it"
@@ -158,13 +196,13 @@ def fault_from_states(
     items = [LayerErrors(layer, kind) for layer, kind in enumerate(kinds)]
     for (layer, role), values in metrics.snapshot_errors(reference.snapshots[length], other.snapshots[length]).items():
         setattr(items[layer], "state" if role == "recurrent_state" else role, _summary(values, thresholds))
-    for item in items:
-        fault = _state_fault(item, thresholds, run)
-        if fault is not None:
-            if item.layer:
-                fault.part += f", or anything in layer {item.layer - 1} behind its own state (the engine has no taps)"
-            return fault
-    return None
+    probe = next((probe for probe in _probes(items, thresholds) if probe.value > probe.limit), None)
+    if probe is None:
+        return None
+    part = _state_part(probe.item)
+    if probe.item.layer:
+        part += f", or anything in layer {probe.item.layer - 1} behind its own state (the engine has no taps)"
+    return Fault(probe.item.layer, probe.item.kind, part, run, "relative error", probe.value, probe.limit)
 
 
 def _summary(errors: NDArray, thresholds: Thresholds) -> float:
