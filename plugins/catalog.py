@@ -87,6 +87,7 @@ OPS: tuple[OpInfo, ...] = (
                 "kv_num_heads": "equal to q_num_heads",
                 "scale": "any finite number; 0 means 1/sqrt(head_dim)",
                 "chunk_size": "ignored: chunks are 64 tokens",
+                "prefill on sm_90a": "portable kernel; the wgmma one only with MXC_LIGHTNING_SM90=1: it has not run on a GPU yet",
                 "past_state": "required with rule gated (zeros at the start of a sequence)",
             }
         ),
