@@ -11,6 +11,7 @@ import contextlib
 import json
 import mmap
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -49,14 +50,14 @@ def main() -> None:
     commands.send_bytes(encode({"rank": rank, "pid": os.getpid()}))
     lifeline: Connection = Client(str(folder / SOCKET))
     lifeline.send_bytes(encode({"lifeline": rank}))
-    threading.Thread(target=_watch, args=(lifeline,), daemon=True).start()
+    threading.Thread(target=_watch, args=(lifeline, folder), daemon=True).start()
     try:
         server = _Server(_load(rank, folder, options), rank)
         commands.send_bytes(encode({"ready": True}))
         while server.answer(commands):
             pass
-    except EOFError:
-        pass  # the session is gone
+    except EOFError:  # the session is gone
+        shutil.rmtree(folder, ignore_errors=True)
     except BaseException as error:
         traceback.print_exc()
         sys.stderr.flush()
@@ -65,10 +66,11 @@ def main() -> None:
     os._exit(0)  # without MPI's finalize, which would wait for the others
 
 
-def _watch(lifeline: Connection) -> None:
+def _watch(lifeline: Connection, folder: Path) -> None:
     try:
         lifeline.recv_bytes()
     except (EOFError, OSError):
+        shutil.rmtree(folder, ignore_errors=True)  # a session that was killed could not
         os._exit(1)
 
 

@@ -279,12 +279,22 @@ def test_closing_ends_the_ranks(workshop: Workshop) -> None:
 def test_a_session_whose_process_is_killed_leaves_no_ranks(workshop: Workshop) -> None:
     code = (
         f"from engines import load; s = load({str(workshop.engine(2, 1, 2))!r}, threads=1); "
-        "print(*s._processes._pids.values(), flush=True); import time; time.sleep(600)"
+        "print(s._processes._folder, *s._processes._pids.values(), flush=True); import time; time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    pids = [int(text) for text in process.stdout.readline().split()]
+    folder, *rest = process.stdout.readline().split()
+    pids = [int(text) for text in rest]
+    assert Path(folder).is_dir()
     assert len(pids) == 2
     process.kill()
     process.wait()
     assert all(gone(pid) for pid in pids)
+    assert not Path(folder).exists()
+
+
+def test_without_mpi_the_error_says_what_to_install(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EngineError, match=r"pip install 'mxcompile\[mpi\]'") as caught:
+        load(workshop.engine(2, 1, 2))
+    assert caught.value.exit_code == 3

@@ -114,7 +114,7 @@ def cases(draw: st.DrawFn) -> tuple[ModelConfig, ParallelMapping]:
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(cases())
 def test_random_sizes_equal_pytorch(case: tuple[ModelConfig, ParallelMapping]) -> None:
     check_against_pytorch(*case)
