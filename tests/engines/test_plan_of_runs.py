@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.onnxruntime.plan import MAX_PADDING, MAX_TOKENS, Run, plan
+from engines.plan import MAX_PADDING, MAX_TOKENS, Run, plan
 
 rows = st.lists(st.tuples(st.integers(0, 600), st.sampled_from([0, 0, 1, 50])), min_size=1, max_size=12)
 
