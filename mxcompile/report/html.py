@@ -236,7 +236,8 @@ def _limits(report: ValidationReport) -> str:
         "The largest error of all positions must keep the limit. A row in which the reference's own router has a near-tie, and whose "
         "errors begin exactly there, is compared up to that position only; such ties are named above."
         if thresholds["exact"]
-        else "The median error must keep the limit: in a rounded type many tokens meet a router near-tie and go to another expert."
+        else "The median error must keep the limit, which is twice that of PyTorch itself in this type: many tokens meet a router "
+        "near-tie and go to another expert."
     )
     rows = "".join(
         _row(
@@ -247,7 +248,7 @@ def _limits(report: ValidationReport) -> str:
         for name, limit in thresholds["limits"].items()
     )
     text = (
-        f"<p>Limits for {escape(thresholds['dtype'])}, set before anything was measured. {how} Limits on logits hold at a scale of "
+        f"<p>Limits for {escape(thresholds['dtype'])}; their rule was set before measuring. {how} Limits on logits hold at a scale of "
         f"{number(thresholds['logit_scale'])} and were multiplied by {number(report.logit_scale / thresholds['logit_scale'])}, "
         f"and that on KL by its square.</p>"
     )

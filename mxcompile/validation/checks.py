@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from engines.interface import Session
 from mxcompile.validation import metrics
 from mxcompile.validation.judge import Comparison, Judge, last_position, snapshot_trace
-from mxcompile.validation.observe import RowTrace, has_taps, in_chunks, observe
+from mxcompile.validation.observe import RowTrace, Want, has_taps, in_chunks, observe
 from mxcompile.validation.options import ValidationOptions
 from mxcompile.validation.results import Check, Measure, NotRun, PositionErrors
 
@@ -37,6 +37,7 @@ class Bench:
     reference: Session
     options: ValidationOptions
     judge: Judge
+    yardstick: Session | None = None  # for engines in rounded types: the PyTorch definition in the same type
     not_run: list[NotRun] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     failed: list[Schedule] = field(default_factory=list)
@@ -66,9 +67,16 @@ class Bench:
         """The reference's run of a single row in one piece, with router margins where it has taps; kept."""
         key = tuple(tokens.tolist())
         if key not in self.reference_traces:
-            want = "margins" if has_taps(self.reference) else "logits"
-            self.reference_traces[key] = observe(self.reference, [tokens], want=want)[0]  # type: ignore[arg-type]
+            self.reference_traces[key] = self.observe_reference(tokens, [[len(tokens)]])
         return self.reference_traces[key]
+
+    def observe_reference(self, tokens: NDArray[np.int64], pieces: list[list[int]]) -> RowTrace:
+        """The reference's run of a single row, with router margins where it has taps, and with its yardstick."""
+        want: Want = "margins" if has_taps(self.reference) else "logits"
+        trace = observe(self.reference, [tokens], pieces, want=want, snapshot_after=[1])[0]
+        if self.yardstick is not None:
+            trace.yardstick = observe(self.yardstick, [tokens], pieces, snapshot_after=[1])[0]
+        return trace
 
     def record(self, schedule: Schedule, *checks: Check) -> list[Check]:
         """Remember what was run when a check failed."""
@@ -96,8 +104,7 @@ def check_length(bench: Bench, length: int) -> tuple[list[Check], PositionErrors
     steps = bench.options.decode_steps
     tokens = np.concatenate([bench.prompt(length), bench.prompt(steps, row=1)])
     pieces = [[length], *([[1]] * steps)]
-    want = "margins" if has_taps(bench.reference) else "logits"
-    reference = observe(bench.reference, [tokens], pieces, want=want, snapshot_after=[1])  # type: ignore[arg-type]
+    reference = [bench.observe_reference(tokens, pieces)]
     engine = observe(bench.engine, [tokens], pieces, snapshot_after=[1])
     case = f"{length} token{'s' if length > 1 else ''}"
     compared = bench.judge.compare(case, reference, engine)
@@ -196,7 +203,7 @@ def check_chunked(bench: Bench, length: int, chunk: int) -> list[Check]:
     trace = snapshot_trace(tokens, last_N, state.read_row(0))
     direct = judge.compare(case, [last_position(whole)], [trace], [reference])
     value, _ = judge.summary(direct.rows[0].errors_P[direct.rows[0].judged_P])
-    logits.measures.append(Measure("last logits of prefill()", value, judge.logits_limit))
+    logits.measures.append(Measure("last logits of prefill()", value, judge.limit("logits", 1)))
     states.measures += [
         Measure(f"{measure.name}, by prefill()", measure.value, measure.limit, measure.where)
         for measure in judge.states_check(group, direct).measures

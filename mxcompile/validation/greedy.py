@@ -120,7 +120,9 @@ def _judge(
             run.explanation = f"the reference's margin is {near} the stable margin of {judge.stable_margin:.1e}"
     value, worst = judge.summary(errors_P[judged_P])
     measures = [
-        Measure(f"{judge.word} logit difference", value, judge.logits_limit, f"step {worst}" if judged_P.any() else "")
+        Measure(
+            f"{judge.word} logit difference", value, judge.limit("logits", 1), f"step {worst}" if judged_P.any() else ""
+        )
     ]
     if thresholds.exact:
         measures.insert(0, Measure("tokens that differ without a tie", float(unexplained.sum()), 0.0))
@@ -135,7 +137,10 @@ def _judge(
     row = RowTrace(fed, positions_P, np.zeros((0, 0), np.float32), {len(fed): snapshots[0]}, margins_Ln)
     other = RowTrace(fed, positions_P, row.logits_PN, {len(fed): snapshots[1]})
     compared = Comparison(case, [RowComparison(row, other, errors_P, judged_P, reroute)])
+    # Generated text repeats itself, and with it its errors: no better than few positions.
     states = judge.states_check(GROUP, compared)
+    for measure in states.measures:
+        measure.limit = judge.limit("states", 1)
     check = Check(GROUP, case, measures + states.measures, len(steps), int(judged_P.sum()), states.notes)
     if run.explanation:
         check.notes.append(

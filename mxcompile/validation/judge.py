@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from engines.interface import RowSnapshot
 from mxcompile.validation import metrics
 from mxcompile.validation.observe import RowTrace
 from mxcompile.validation.results import Check, Measure, Reroute
-from mxcompile.validation.thresholds import LOGIT_SCALE, TOP_K, Thresholds
+from mxcompile.validation.thresholds import FEW, LOGIT_SCALE, ROUNDED_FACTOR, TOP_K, Thresholds
 
 Span = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
 ROLE_NAMES = {"recurrent_state": "recurrent state", "key": "cached keys", "value": "cached values"}
@@ -30,6 +31,7 @@ class RowComparison:
     errors_P: metrics.Errors
     judged_P: NDArray[np.bool_]
     reroute: Reroute | None
+    source: RowTrace | None = None  # the reference's run, with its yardstick
 
 
 @dataclass
@@ -52,6 +54,16 @@ class Judge:
     def logits_limit(self) -> float:
         return self.thresholds.logits.value * self.factor
 
+    def limit(
+        self, what: Literal["logits", "kl", "states"], positions: int, yardstick: Sequence[metrics.Errors] = ()
+    ) -> float:
+        """The limit of a check of so many positions; `yardstick`: what the yardstick is off on the same ones."""
+        few = getattr(self.thresholds, f"few_{what}")
+        value = (few if few is not None and positions < FEW else getattr(self.thresholds, what)).value
+        value *= {"logits": self.factor, "kl": self.factor**2, "states": 1.0}[what]
+        same = np.concatenate(yardstick) if yardstick else np.zeros(0)
+        return max(value, ROUNDED_FACTOR * float(np.median(same))) if len(same) else value
+
     @property
     def stable_margin(self) -> float:
         return self.thresholds.stable_margin.value * self.factor
@@ -73,7 +85,7 @@ class Judge:
         for index, (mine, theirs, source) in enumerate(zip(reference, other, margins or reference, strict=True)):
             errors_P = metrics.largest_difference(mine.logits_PN, theirs.logits_PN)
             judged_P, reroute = self.set_aside(case, index, mine.positions, errors_P, source.margins_Ln)
-            rows.append(RowComparison(mine, theirs, errors_P, judged_P, reroute))
+            rows.append(RowComparison(mine, theirs, errors_P, judged_P, reroute, source))
         return Comparison(case, rows)
 
     def set_aside(
@@ -116,6 +128,8 @@ class Judge:
     def logits_check(self, group: str, comparison: Comparison, span: Span | None = None) -> Check:
         """Errors and KL of all positions that `span` selects."""
         errors, kl, where = [], [], []
+        yard_errors: list[metrics.Errors] = []
+        yard_kl: list[metrics.Errors] = []
         compared = 0
         for index, row in enumerate(comparison.rows):
             positions = row.reference.positions
@@ -124,11 +138,15 @@ class Judge:
             chosen_P = inside_P & row.judged_P
             errors.append(row.errors_P[chosen_P])
             kl.append(metrics.kl_divergence(row.reference.logits_PN[chosen_P], row.other.logits_PN[chosen_P]))
+            yard = _yardstick_logits(row, positions[chosen_P])
+            if yard is not None:
+                yard_errors.append(metrics.largest_difference(*yard))
+                yard_kl.append(metrics.kl_divergence(*yard))
             where += [_place(index, int(p), len(comparison.rows)) for p in positions[chosen_P]]
         measures = []
         for name, parts, limit in (
-            (f"{self.word} logit difference", errors, self.logits_limit),
-            (f"{self.word} KL divergence", kl, self.thresholds.kl.value * self.factor**2),
+            (f"{self.word} logit difference", errors, self.limit("logits", len(where), yard_errors)),
+            (f"{self.word} KL divergence", kl, self.limit("kl", len(where), yard_kl)),
         ):
             value, worst = self.summary(np.concatenate(parts))
             measures.append(Measure(name, value, limit, where[worst] if where else ""))
@@ -139,10 +157,14 @@ class Judge:
     ) -> Check:
         """States of every row after `length_of` of its tokens, default all."""
         found: dict[str, list[tuple[metrics.Errors, str, str]]] = {}
-        compared = judged = 0
+        yard: dict[str, list[metrics.Errors]] = {}
+        compared = judged = tokens = 0
         for index, row in enumerate(comparison.rows):
             length = length_of(row.reference)
+            tokens += length
             errors = metrics.snapshot_errors(row.reference.snapshots[length], row.other.snapshots[length])
+            for (_, role), values in _yardstick_states(row, length).items():
+                yard.setdefault(role, []).append(values)
             for (layer, role), values in errors.items():
                 compared += 1
                 moved = row.reroute is not None and length > row.reroute.position and layer > row.reroute.layer
@@ -162,7 +184,7 @@ class Judge:
                     break
                 worst -= len(values)
             name = f"{self.word} relative error of the {ROLE_NAMES[role]}"
-            measures.append(Measure(name, value, self.thresholds.states.value, where))
+            measures.append(Measure(name, value, self.limit("states", tokens, yard.get(role, ())), where))
         return Check(group, comparison.case, measures, compared, judged, self._notes(comparison))
 
     def next_token_check(self, comparisons: Sequence[Comparison]) -> Check:
@@ -215,6 +237,21 @@ def snapshot_trace(tokens: NDArray[np.int64], logits_N: NDArray[np.float32], sna
 def last_position(trace: RowTrace) -> RowTrace:
     """The same run, seen at its last position only."""
     return RowTrace(trace.tokens, trace.positions[-1:], trace.logits_PN[-1:], trace.snapshots, trace.margins_Ln)
+
+
+def _yardstick_logits(row: RowComparison, positions: NDArray[np.int64]) -> tuple[NDArray, NDArray] | None:
+    """Logits of the reference and its yardstick at these positions."""
+    if row.source is None or row.source.yardstick is None:
+        return None
+    at = np.searchsorted(row.source.positions, positions)
+    return row.source.logits_PN[at], row.source.yardstick.logits_PN[at]
+
+
+def _yardstick_states(row: RowComparison, length: int) -> dict[tuple[int, str], metrics.Errors]:
+    yardstick = None if row.source is None else row.source.yardstick
+    if row.source is None or yardstick is None or length not in row.source.snapshots:
+        return {}
+    return metrics.snapshot_errors(row.source.snapshots[length], yardstick.snapshots[length])
 
 
 def _place(row: int, position: int, rows: int) -> str:

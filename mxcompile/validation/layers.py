@@ -107,7 +107,7 @@ def first_fault(
     over = next((probe for probe in probes if probe.value > probe.limit), None)
     if over is None:
         return None
-    if over.strain <= _CLEARLY_OVER:
+    if thresholds.exact and over.strain <= _CLEARLY_OVER:
         step = _largest_step(probes)
         if step is None:
             part = "errors build up over the layers, none stands out"

@@ -33,6 +33,7 @@ class RowTrace:
     margins_Ln: NDArray[np.float32] | None = None  # last chosen minus first left-out expert
     hidden: list[NDArray[np.float32]] | None = None  # per layer [n, D]
     router: list[NDArray[np.float32]] | None = None  # per layer [n, E]
+    yardstick: RowTrace | None = None  # of the same tokens, for references of engines in rounded types
 
 
 def one_piece(rows: Sequence[NDArray[np.int64]]) -> list[list[int]]:

@@ -23,7 +23,8 @@ from mxcompile.validation.layers import fault_from_states, first_fault, layer_er
 from mxcompile.validation.observe import has_taps, observe, one_piece
 from mxcompile.validation.options import ValidationOptions
 from mxcompile.validation.results import Check, Fault, LayerErrors, Measure, NotRun, ValidationReport
-from mxcompile.validation.thresholds import LOGIT_SCALE, Thresholds, thresholds_for
+from mxcompile.validation.thresholds import EXACT, LOGIT_SCALE, Thresholds, rounded_thresholds, thresholds_for
+from mxcompile.validation.yardstick import measure_yardstick
 
 if TYPE_CHECKING:
     from model_defs.checkpoint.reader import Checkpoint
@@ -50,18 +51,22 @@ def validate(
     options, progress = options or ValidationOptions(), progress or SilentProgress()
     started, created = time.perf_counter(), datetime.datetime.now(datetime.UTC)
     with progress.stage("load"):
-        session, reference = _open(engine, against, options)
+        session, reference, opened = _open(engine, against, options)
         thresholds = thresholds_for(session.config)
         _check_same_model(session.config, reference.config)
+        yardstick = _yardstick_session(session, opened, options) if thresholds is None else None
     kinds = list(session.config.model["layer_kinds"])
     with progress.stage("layers"):
-        judge = Judge(thresholds, LOGIT_SCALE)
+        judge = Judge(thresholds or EXACT["float32"], LOGIT_SCALE)
         bench = Bench(session, reference, options, judge)
         probe = Schedule([bench.prompt(min(options.layer_length, bench.longest), row=3)], [], "one piece")
         probe.pieces = one_piece(probe.rows)
         probe.text = f"a prompt of {len(probe.rows[0])} tokens"
         scale_trace = bench.run_reference(probe.rows[0])
         judge.logit_scale = max(1e-3, float(np.abs(scale_trace.logits_PN).max(-1).mean()))
+        if yardstick is not None:
+            judge.thresholds = rounded_thresholds(measure_yardstick(reference, yardstick, probe.rows[0], judge.factor))
+            bench.yardstick = yardstick
         layers, fault, layer_checks = _compare_layers(bench, probe, kinds)
     report = ValidationReport(
         created=created.isoformat(timespec="seconds"),
@@ -70,7 +75,7 @@ def validate(
         reference=_description(reference),
         environment=_environment(options),
         options=_options(options),
-        thresholds=_thresholds(thresholds),
+        thresholds=_thresholds(judge.thresholds),
         logit_scale=judge.logit_scale,
         layers=layers,
         fault=fault,
@@ -108,8 +113,8 @@ def validate(
     return report
 
 
-def _open(engine: Any, against: Any, options: ValidationOptions) -> tuple[Session, Session]:
-    """Both sessions. Fingerprints are compared before an engine is loaded."""
+def _open(engine: Any, against: Any, options: ValidationOptions) -> tuple[Session, Session, Checkpoint | None]:
+    """Both sessions, and the checkpoint when there is one. Fingerprints are compared before an engine is loaded."""
     from engines import load
     from engines.directory import read_config
     from model_defs.checkpoint.reader import Checkpoint
@@ -131,7 +136,7 @@ def _open(engine: Any, against: Any, options: ValidationOptions) -> tuple[Sessio
     threads = {} if options.threads is None else {"threads": options.threads}
     session = load(engine, **threads, **({"checkpoint": opened.folder} if moved else {})) if is_folder else engine
     if not isinstance(opened, Checkpoint):
-        return session, opened
+        return session, opened, None
     from mxcompile.backends.pytorch import PyTorchSession
 
     layers = session.config.num_layers
@@ -139,7 +144,16 @@ def _open(engine: Any, against: Any, options: ValidationOptions) -> tuple[Sessio
         raise MxcompileError(
             f"the engine has {layers} layers, the checkpoint {opened.folder} {opened.config.num_layers}"
         )
-    return session, PyTorchSession.load(opened, options.reference_dtype, layers, **threads)
+    return session, PyTorchSession.load(opened, options.reference_dtype, layers, **threads), opened
+
+
+def _yardstick_session(session: Session, opened: Checkpoint | None, options: ValidationOptions) -> Session:
+    """The PyTorch definition in the engine's rounded type."""
+    from mxcompile.backends.pytorch import PyTorchSession
+
+    if opened is None:
+        raise MxcompileError(f"an engine in {session.config.dtype} is validated against a checkpoint, not a session")
+    return PyTorchSession.load(opened, session.config.dtype, session.config.num_layers, threads=options.threads)
 
 
 def _check_same_model(engine: EngineConfig, reference: EngineConfig) -> None:
