@@ -110,8 +110,8 @@ SHARE_FACTOR = 0.9
 class Yardstick:
     """What the PyTorch definition in a rounded type is off from the reference on one prompt.
 
-    Tuples are (median, largest); of logits (median, 95th percentile, largest). Logit errors are divided by the reference's logit scale over LOGIT_SCALE, KL by its square.
-    `topk`: share of positions whose first token is among the TOP_K.
+    Tuples are (median, largest); of logits (median, 95th percentile, largest). Logit errors are divided by the reference's logit
+    scale over LOGIT_SCALE, KL by its square. `topk`: share of positions whose first token is among the TOP_K.
     """
 
     dtype: str
