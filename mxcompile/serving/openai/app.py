@@ -20,6 +20,7 @@ from mxcompile.serving.openai.bodies import ChatBody, Common, CompletionBody
 
 LARGEST_BODY = 16 << 20  # bytes
 _KINDS = {400: "invalid_request_error", 404: "invalid_request_error", 413: "invalid_request_error"}
+_STATUS = {"unavailable": 503, "internal": 500, "cancelled": 499}
 Shape = Callable[[str, str | None, bool], dict[str, Any]]  # text, finish reason, streamed -> one choice
 
 
@@ -68,7 +69,8 @@ def create_app(triton: str, metrics: str, model: str) -> FastAPI:
         length = request.headers.get("content-length", "")
         if request.method == "POST" and (not length.isdigit() or int(length) > LARGEST_BODY):
             status = 413 if length.isdigit() else 411
-            return JSONResponse(_error(status, f"a request body has a length, of at most {LARGEST_BODY} bytes"), status)
+            message = f"a request must say the length of its body, and that may be {LARGEST_BODY} bytes at most"
+            return JSONResponse(_error(status, message), status)
         found: Response = await answer(request)
         return found
 
@@ -110,7 +112,11 @@ def create_app(triton: str, metrics: str, model: str) -> FastAPI:
 
     async def answer(body: Common, request: Request, kind: str, shape: Shape) -> Response:
         _check_model(body.model)
-        head = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        head = {
+            "id": f"{'chatcmpl' if kind == 'chat.completion' else 'cmpl'}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
         tensors = body.tensors() | {"stream": body.stream}
         if not body.stream:
             found = await _unless_left(request, client.post(f"/v2/models/{model}/generate", json=tensors))
@@ -122,7 +128,7 @@ def create_app(triton: str, metrics: str, model: str) -> FastAPI:
         if stream.status_code != 200:
             text = (await stream.aread()).decode(errors="replace")
             await stream.aclose()
-            raise ApiError(stream.status_code, _message(text))
+            raise _refusal(stream.status_code, text)
         head["object"] = "chat.completion.chunk" if kind == "chat.completion" else kind
         wants_usage = body.stream_options is not None and body.stream_options.include_usage
         return StreamingResponse(_chunks(stream, head, shape, wants_usage), media_type="text/event-stream")
@@ -141,7 +147,8 @@ async def _chunks(stream: httpx.Response, head: dict[str, Any], shape: Shape, wa
                 continue
             values = json.loads(line[5:])
             if "error" in values:
-                yield _event(_error(500, values["error"]))
+                refusal = _refusal(500, line)
+                yield _event(_error(refusal.status, refusal.message))
                 return
             finish = values.get("finish_reason")
             if values["text_output"] or finish:
@@ -176,19 +183,21 @@ async def _unless_left(request: Request, work: Any) -> httpx.Response:
 
 def _values(status: int, text: str) -> dict[str, Any]:
     if status != 200:
-        raise ApiError(status, _message(text))
+        raise _refusal(status, text)
     values: dict[str, Any] = json.loads(text)
     if "error" in values:
-        raise ApiError(500, values["error"])
+        raise _refusal(500, text)
     return values
 
 
-def _message(text: str) -> str:
-    """The message in one of Triton's error bodies."""
+def _refusal(status: int, text: str) -> ApiError:
+    """The error in one of Triton's error bodies, with the status that its kind has (see triton/model.py: fail)."""
     try:
-        return str(json.loads(text.removeprefix("data:").strip())["error"])
+        message = str(json.loads(text.removeprefix("data:").strip())["error"])
     except (ValueError, KeyError, TypeError):
-        return text.strip()[:500] or "the engine server gave no reason"
+        return ApiError(status, text.strip()[:500] or "the engine server gave no reason")
+    kind, _, rest = message.partition(": ")
+    return ApiError(_STATUS[kind], rest) if kind in _STATUS else ApiError(status, message)
 
 
 def _error(status: int, message: str) -> dict[str, Any]:

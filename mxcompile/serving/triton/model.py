@@ -171,12 +171,11 @@ class TritonPythonModel:
 
     def _answer(self, message):
         number, final = message["id"], message["is"] != "token"
-        with self._lock:
-            sender = self._live.pop(number, None) if final else self._live.get(number)
-        if sender is None:
-            return
         if message["is"] == "failed":
-            fail(sender, message["kind"], message["message"])
+            with self._lock:
+                sender = self._live.pop(number, None)
+            if sender is not None:
+                fail(sender, message["kind"], message["message"])
             return
         tensors = [
             pb_utils.Tensor("text_output", np.array([message["text"].encode()], np.object_)),
@@ -192,21 +191,30 @@ class TritonPythonModel:
                 ("num_cached_tokens", "cached_tokens"),
             ):
                 tensors.append(pb_utils.Tensor(name, np.array([message[key]], np.int32)))
+        response = pb_utils.InferenceResponse(output_tensors=tensors)
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
-        try:
-            sender.send(pb_utils.InferenceResponse(output_tensors=tensors), flags=flags)
-        except Exception as error:  # the client's end only: others are not to suffer
-            pb_utils.Logger.log_warn(f"request {number}: {error}")
-            self._cancel(number)
+        with self._lock:
+            sender = self._live.pop(number, None) if final else self._live.get(number)
+            if sender is None:
+                return
+            try:
+                sender.send(response, flags=flags)
+                return
+            except Exception as error:  # the client's end only: others are not to suffer
+                pb_utils.Logger.log_warn(f"request {number}: {error}")
+        self._cancel(number)
 
     def _watch(self):
         """Cancel what clients have left: only polling tells."""
         while not self._closing:
             time.sleep(POLL_CANCELLED_S)
             with self._lock:
-                live = list(self._live.items())
-            for number, sender in live:
-                if sender.is_cancelled():
+                live = list(self._live)
+            for number in live:
+                # Under the lock: the server crashes when it is asked about a sender whose last response was sent.
+                with self._lock:
+                    left = number in self._live and self._live[number].is_cancelled()
+                if left:
                     self._cancel(number)
 
     def _cancel(self, number):
@@ -280,7 +288,11 @@ class Metrics:
 
 
 def fail(sender, kind, message):
-    """End a request with an error."""
+    """End a request with an error.
+
+    The generate endpoints answer every error with status 400, and gRPC streams carry text only: so the text tells.
+    """
+    message = message if kind == "invalid" else f"{kind}: {message}"
     error = pb_utils.TritonError(message, getattr(pb_utils.TritonError, CODES[kind]))
     try:
         sender.send(

@@ -1,0 +1,83 @@
+"""A small engine, and the real server on it: `mxcompile serve` as users start it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from served import Served, free_ports
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def triton_venv() -> Path:
+    """Where the server is expected: what MXCOMPILE_TRITON_VENV names, else .venv-triton, which `make setup` makes."""
+    return Path(os.environ.get("MXCOMPILE_TRITON_VENV") or ROOT / ".venv-triton")
+
+
+@pytest.fixture(scope="session")
+def installation():
+    """The real Triton."""
+    from mxcompile.serving.triton.environment import find
+
+    found = find(triton_venv())
+    if found is None:
+        pytest.skip(f"Triton Inference Server is not installed in {triton_venv()} (make setup does that)")
+    return found
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory) -> Path:
+    """An fp32 engine of preset tiny for 8 sequences of 320 tokens; do not write into it."""
+    from mxcompile.building import build
+    from mxcompile.checkpoints import create_checkpoint
+
+    folder = tmp_path_factory.mktemp("serving")
+    create_checkpoint("tiny", folder / "checkpoint", seed=1)
+    build(folder / "checkpoint", folder / "engine", max_batch_size=8, max_seq_len=320, prefill_chunk=32, threads=2)
+    return folder / "engine"
+
+
+@pytest.fixture(scope="session")
+def loaded(engine):
+    """The engine in this process: what the server must equal."""
+    from mxcompile.loading import load
+
+    return load(engine, threads=1)
+
+
+@pytest.fixture(scope="session")
+def start_server(installation, engine, tmp_path_factory):
+    """Starts `mxcompile serve`: start_server("--option", value, ...) -> Served, stopped at the end."""
+    running: list[Served] = []
+
+    def start(*options: object) -> Served:
+        openai, http, grpc, metrics = free_ports(4)
+        ports = ("--openai-port", openai, "--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics)
+        command = [sys.executable, "-m", "mxcompile", "serve", engine, *ports, "--threads", 1, "--drain", 10, *options]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "MXCOMPILE_TRITON_VENV": str(triton_venv())}
+        log = tmp_path_factory.mktemp("log") / "server.log"
+        with log.open("w") as out:
+            process = subprocess.Popen([str(part) for part in command], stdout=out, stderr=out, env=environment)
+        server = Served(process, log, openai, http, grpc, metrics)
+        running.append(server)
+        end = time.monotonic() + 120
+        while "metrics     http" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+        return server
+
+    yield start
+    for server in running:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(start_server) -> Served:
+    """One server that most tests share."""
+    return start_server()

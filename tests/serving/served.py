@@ -1,0 +1,108 @@
+"""A running `mxcompile serve`, and plain clients for it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+PATH = "/v2/models/mxcompile"
+LIMIT_S = 120
+
+
+@dataclass
+class Served:
+    process: subprocess.Popen
+    log: Path
+    openai: int
+    http: int
+    grpc: int
+    metrics: int
+
+    def open(self, path: str, body: dict | bytes) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        """POST to Triton; the caller closes the connection."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=LIMIT_S)
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request("POST", f"{PATH}/{path}", data, {"Connection": "close"})
+        return connection, connection.getresponse()
+
+    def post(self, path: str, body: dict | bytes) -> tuple[int, dict]:
+        """Status and JSON of a plain request."""
+        connection, response = self.open(path, body)
+        with contextlib.closing(connection):
+            return response.status, json.loads(response.read())
+
+    def stream(self, body: dict) -> list[dict]:
+        """All events of a streamed request."""
+        connection, response = self.open("generate_stream", body | {"stream": True})
+        with contextlib.closing(connection):
+            lines = response.read().decode().splitlines()
+        return [json.loads(line[5:]) for line in lines if line.startswith("data:")]
+
+    def generate(self, body: dict, *, stream: bool) -> dict:
+        """Tokens, text and closing values of a request, put together when it streams."""
+        if not stream:
+            status, values = self.post("generate", body)
+            assert status == 200, values
+            return values | {"output_ids": listed(values["output_ids"])}
+        events = self.stream(body)
+        assert "error" not in events[-1], events
+        return events[-1] | {
+            "output_ids": [token for event in events for token in listed(event.get("output_ids", []))],
+            "text_output": "".join(event["text_output"] for event in events),
+        }
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric of ours over the series that have these labels."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=LIMIT_S) as response:
+            lines = response.read().decode().splitlines()
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if line.startswith(f"mxcompile_{name}{{") and all(label in line for label in wanted)
+        )
+
+    def wait_idle(self) -> None:
+        """Return when no request holds or awaits a slot any more."""
+        # The numbers come once a second: two must have come since.
+        end, quiet = time.monotonic() + 60, 0
+        while quiet < 3:
+            assert time.monotonic() < end, "a slot is leaked"
+            time.sleep(0.6)
+            busy = self.metric("active_requests") + self.metric("waiting_requests")
+            quiet = 0 if busy else quiet + 1
+
+    def engine_process(self) -> psutil.Process:
+        """The process that holds the engine."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        return next(p for p in family if "mxcompile.serving.worker" in p.cmdline())
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(LIMIT_S)
+
+
+def listed(value: int | list[int]) -> list[int]:
+    """Triton's JSON writes a list of one entry as the entry."""
+    return value if isinstance(value, list) else [value]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]

@@ -1,0 +1,270 @@
+"""The real server against the engine run alone: same tokens, clear errors, nothing leaked."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from served import listed
+
+CLIENT = Path(__file__).with_name("grpc_client.py")
+WORDS = "the lightning layers remember what softmax would have to look up again and again".split()
+
+
+def requests(count, seed):
+    """Mixed lengths, text and ids, greedy and seeded.
+
+    Drawn tokens come from few candidates: over a flat distribution of 512, as random weights give, a draw falls within
+    rounding of a boundary about once in a thousand.
+    """
+    source = random.Random(seed)
+    found = []
+    for index in range(count):
+        length = source.choice([1, 3, 10, 40, 120])
+        body = {"max_tokens": source.choice([1, 4, 12, 30])}
+        if index % 3:
+            body["text_input"] = " ".join(source.choices(WORDS, k=max(1, length // 4)))
+        else:
+            body["input_ids"] = [source.randrange(500) for _ in range(length)]
+        if index % 2:
+            body |= {"temperature": 0.7, "top_k": 6, "top_p": 0.9, "seed": source.randrange(2**63)}
+        if index % 4 == 3:
+            body["stop_words"] = ["e", "th"]
+        found.append(body)
+    return found
+
+
+def alone(loaded, body, prompt=None):
+    """What `mxcompile run` would give."""
+    settings = {key: body[key] for key in ("temperature", "top_k", "top_p", "seed") if key in body}
+    asked = prompt if prompt is not None else body.get("text_input", body.get("input_ids"))
+    return loaded.generate(
+        [asked], max_new_tokens=body["max_tokens"], stop_strings=tuple(body.get("stop_words", ())), **settings
+    )[0]
+
+
+def agrees(found, expected):
+    assert found["output_ids"] == expected.tokens
+    assert found["text_output"] == expected.text
+    assert found["finish_reason"] == expected.finish_reason
+    assert found["num_input_tokens"] == expected.prompt_tokens
+    assert found["num_output_tokens"] == len(expected.tokens)
+
+
+@pytest.mark.parametrize("clients", [1, 8, 32])
+def test_http_equals_single_runs(server, loaded, clients):
+    bodies = requests(clients, seed=clients)
+    with ThreadPoolExecutor(clients) as pool:
+        streamed = list(pool.map(lambda body: server.generate(body, stream=True), bodies))
+        plain = list(pool.map(lambda body: server.generate(body, stream=False), bodies))
+    for body, *found in zip(bodies, streamed, plain, strict=True):
+        for one in found:
+            agrees(one, alone(loaded, body))
+
+
+def over_grpc(server, installation, asked):
+    done = subprocess.run(
+        [installation.python, CLIENT, str(server.grpc)],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("clients", [1, 8, 32])
+def test_grpc_equals_single_runs(server, installation, loaded, clients):
+    bodies = requests(clients, seed=100 + clients)
+    asked = [{"inputs": body | {"stream": bool(index % 2)}} for index, body in enumerate(bodies)]
+    for body, one in zip(bodies, over_grpc(server, installation, asked), strict=True):
+        assert one["error"] is None
+        last = {key: value[0] for key, value in one["responses"][-1].items() if key != "output_log_probs" and value}
+        last["output_ids"] = [token for response in one["responses"] for token in response["output_ids"]]
+        last["text_output"] = "".join(response["text_output"][0] for response in one["responses"])
+        agrees(last, alone(loaded, body))
+
+
+def test_equals_the_command_line(server, engine):
+    body = {"text_input": "The layers", "max_tokens": 12, "temperature": 0.7, "top_k": 6, "seed": 11}
+    options = "--max-new-tokens 12 --temperature 0.7 --top-k 6 --seed 11 --threads 1 --json".split()
+    command = [sys.executable, "-m", "mxcompile", "run", engine, "--prompt", body["text_input"], *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert server.generate(body, stream=False)["output_ids"] == json.loads(done.stdout)["tokens"]
+
+
+def test_log_probabilities(server, loaded):
+    body = {"input_ids": [4, 5, 6], "max_tokens": 5}
+    expected = loaded.generate([[4, 5, 6]], max_new_tokens=5, logprobs=0)[0]
+    found = server.generate(body | {"return_log_probs": True}, stream=False)["output_log_probs"]
+    assert found == pytest.approx([entry.chosen for entry in expected.logprobs], abs=1e-3)
+
+
+def test_a_session_continues_where_it_was(server, loaded):
+    said = []
+    for turn, new in enumerate(([7] * 50, [8, 9], [10])):
+        body = {"input_ids": new, "max_tokens": 6}
+        found = server.generate(body | {"session_id": "one", "session_start": turn == 0}, stream=bool(turn % 2))
+        said += new
+        assert found["output_ids"] == alone(loaded, body, prompt=said).tokens
+        assert found["num_cached_tokens"] == (len(said) - len(new) - 1 if turn else 0)
+        said += found["output_ids"]
+
+
+def test_a_shared_prefix_is_read_once(server, loaded):
+    prefix = [random.Random(5).randrange(500) for _ in range(100)]
+    for rest, cached in (([1, 2], 0), ([3], 96), ([1, 2], 96)):
+        body = {"input_ids": prefix + rest, "max_tokens": 6}
+        found = server.generate(body, stream=False)
+        assert found["num_cached_tokens"] == cached
+        agrees(found, alone(loaded, body))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"input_ids": [1] * 321}, "321 tokens, but the engine holds at most 320"),
+        ({"text_input": "x" * 100_000}, "too long"),
+        ({}, "either text_input or input_ids"),
+        ({"text_input": "a", "input_ids": [1]}, "either text_input or input_ids"),
+        ({"text_input": ""}, "empty"),
+        ({"input_ids": [512]}, "vocabulary is 0 to 511"),
+        ({"input_ids": [-1]}, "vocabulary is 0 to 511"),
+        ({"text_input": "a", "max_tokens": 0}, "max_tokens must be a whole number of at least 1"),
+        ({"text_input": "a", "temperature": -1}, "temperature"),
+        ({"text_input": "a", "top_p": 2}, "top_p"),
+        ({"text_input": "a", "stop_words": [""]}, "stop string"),
+        ({"text_input": "a", "temprature": 1}, "unknown field 'temprature'"),
+        ({"text_input": "a", "session_id": "never started"}, "is not known"),
+    ],
+)
+def test_bad_requests_are_told_why(server, body, message):
+    for path in ("generate", "generate_stream"):
+        connection, response = server.open(path, body)
+        text = response.read().decode()
+        connection.close()
+        assert response.status == 400
+        assert message in json.loads(text.removeprefix("data:"))["error"]
+        assert "Traceback" not in text
+
+
+def test_malformed_requests_do_no_harm(server, loaded):
+    for data in (b"", b"{", b"[]", b'{"text_input": ["a", "b"]}', b'{"text_input": {"a": 1}}', b'{"max_tokens": "x"}'):
+        connection, response = server.open("generate", data)
+        assert response.status >= 400
+        assert "error" in json.loads(response.read())
+        connection.close()
+    body = {"text_input": "still there", "max_tokens": 5}
+    agrees(server.generate(body, stream=False), alone(loaded, body))
+
+
+def test_clients_that_leave_free_their_slots(server, installation, loaded):
+    """More than there are slots leave, over both protocols, before and after their first token."""
+    for index in range(12):
+        connection, response = server.open(
+            "generate_stream", {"input_ids": [index], "max_tokens": 300, "end_id": -1, "stream": True}
+        )
+        if index % 2:
+            response.readline()
+        connection.close()
+    stay = {"input_ids": [3], "max_tokens": 300, "end_id": -1, "stream": True}
+    left = over_grpc(server, installation, [{"inputs": stay, "leave_after": 1 + index % 3} for index in range(12)])
+    assert all(one["error"] is None for one in left)
+    server.wait_idle()
+    assert server.metric("requests_total", end="cancelled") >= 12
+    bodies = requests(8, seed=77)
+    with ThreadPoolExecutor(8) as pool:
+        for body, found in zip(bodies, pool.map(lambda b: server.generate(b, stream=True), bodies), strict=True):
+            agrees(found, alone(loaded, body))
+
+
+def test_soak(server, loaded):
+    """Some seconds of everything at once: right tokens for those who stay, and nothing left at the end."""
+    bodies = requests(24, seed=9)
+    expected = [alone(loaded, body) for body in bodies]
+    end = time.monotonic() + 8
+    served = []
+
+    def client(seed):
+        source = random.Random(seed)
+        while time.monotonic() < end:
+            index = source.randrange(len(bodies))
+            match source.randrange(6):
+                case 0:  # leaves
+                    connection, response = server.open("generate_stream", bodies[index] | {"stream": True})
+                    response.read(source.randrange(1, 60))
+                    connection.close()
+                case 1:  # asks for too much
+                    assert server.post("generate", {"input_ids": [1] * 400})[0] == 400
+                case 2:  # talks nonsense
+                    assert server.post("generate", b'{"input_ids": ')[0] >= 400
+                case _:
+                    agrees(server.generate(bodies[index], stream=bool(source.randrange(2))), expected[index])
+                    served.append(index)
+
+    with ThreadPoolExecutor(12) as pool:
+        for done in [pool.submit(client, seed) for seed in range(12)]:
+            done.result()
+    assert len(served) > 12
+    server.wait_idle()
+
+
+def test_a_killed_engine_is_reported_and_started_again(server, loaded):
+    errors = []
+
+    def wait():
+        connection, response = server.open("generate", {"input_ids": [5], "max_tokens": 310, "end_id": -1})
+        errors.append((response.status, json.loads(response.read()).get("error", "")))
+        connection.close()
+
+    victim = server.engine_process()
+    victim.suspend()  # so that the requests are still running when it dies
+    threads = [threading.Thread(target=wait) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    victim.kill()
+    for thread in threads:
+        thread.join(60)
+    assert len(errors) == 3
+    assert all(status == 400 and message.startswith("unavailable: the engine process") for status, message in errors), (
+        errors
+    )
+    body = {"text_input": "back again", "max_tokens": 5}
+    end = time.monotonic() + 60
+    while (answer := server.post("generate", body))[0] != 200:
+        assert answer[1]["error"].startswith("unavailable: "), answer
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert listed(answer[1]["output_ids"]) == alone(loaded, body).tokens
+
+
+def test_sigterm_lets_requests_end_and_sessions_survive(start_server, loaded, tmp_path):
+    first = start_server("--state-dir", tmp_path)
+    start = {"input_ids": [9] * 40, "max_tokens": 4}
+    said = [9] * 40 + first.generate(start | {"session_id": "kept", "session_start": True}, stream=False)["output_ids"]
+    running = {"input_ids": [2], "max_tokens": 250, "end_id": -1}
+    connection, response = first.open("generate_stream", running | {"stream": True})
+    response.readline()
+    first.process.terminate()
+    lines = response.read().decode().splitlines()
+    connection.close()
+    events = [json.loads(line[5:]) for line in lines if line.startswith("data:")]
+    assert events[-1]["finish_reason"] == "length"
+    assert events[-1]["num_output_tokens"] == 250
+    assert first.stop() == 0, first.log.read_text()
+    second = start_server("--state-dir", tmp_path)
+    more = {"input_ids": [11], "max_tokens": 5}
+    found = second.generate(more | {"session_id": "kept"}, stream=False)
+    assert found["num_cached_tokens"] == len(said) - 1
+    assert found["output_ids"] == alone(loaded, more, prompt=[*said, 11]).tokens
+    assert second.stop() == 0, second.log.read_text()
