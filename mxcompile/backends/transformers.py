@@ -58,6 +58,8 @@ class TransformersState:
 class TransformersSession:
     """`MiniMaxForCausalLM` with the part of `engines.interface.Session` that timing needs."""
 
+    notes = FAULTS
+
     def __init__(self, model: Any, *, threads: int | None = None) -> None:
         """Args:
         model: a MiniMaxForCausalLM with its weights.
@@ -89,7 +91,7 @@ class TransformersSession:
 
         values = config_to_schema(opened.config, "hf", dtype=dtype)
         with _quiet(transformers):
-            model, found = transformers.MiniMaxForCausalLM.from_pretrained(
+            loaded: Any = transformers.MiniMaxForCausalLM.from_pretrained(
                 opened.folder,
                 config=transformers.MiniMaxConfig.from_dict(values),
                 dtype=DTYPES[dtype],
@@ -97,6 +99,7 @@ class TransformersSession:
                 use_safetensors=True,
                 output_loading_info=True,
             )
+        model, found = loaded
         # Decay factors are computed, not stored; everything else must come from the checkpoint.
         buffers = {name for name, _ in model.named_buffers()}
         problems = sorted(set(found["missing_keys"]) - buffers) + sorted(found["unexpected_keys"])

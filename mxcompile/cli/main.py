@@ -23,6 +23,7 @@ VERBS = {
     "serve": "Serve an engine with Triton Inference Server and an OpenAI-compatible API.",
     "triton": "Write a Triton model repository of an engine.",
     "validate": "Compare an engine with the PyTorch definition of its checkpoint.",
+    "bench": "Measure an engine beside PyTorch and transformers: times, memory, long-context agreement.",
     "inspect": "Describe an engine directory, a checkpoint or an ONNX file.",
     "export": "Write the canonical ONNX graph of a checkpoint or a preset.",
     "checkpoint": "Create or verify a checkpoint.",

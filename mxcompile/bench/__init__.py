@@ -1,0 +1,1 @@
+"""Measuring engines beside PyTorch and transformers: times, memory, layer kinds, and long-context agreement."""
