@@ -26,4 +26,8 @@ def load(path: str | os.PathLike[str], **options: Any) -> Session:
         from engines.onnxruntime.session import load as load_onnxruntime
 
         return load_onnxruntime(path, **options)
+    if config.target in ("tensorrt", "tensorrt-rtx"):
+        from engines.tensorrt.runtime import load as load_tensorrt
+
+        return load_tensorrt(path, **options)
     raise EngineError(f"{path}: built for target {config.target!r}, which this mxcompile cannot run")

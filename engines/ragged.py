@@ -63,7 +63,7 @@ class RaggedSession(ABC):
         for prompt_ids in rows:
             self._check_ids(prompt_ids)
         self._check_lengths(state, lengths_B)
-        state.reserve(int((state.lengths + lengths_B).max()))
+        self._own(state).reserve(int((state.lengths + lengths_B).max()))
         logits_BN = np.zeros((state.batch_size, self.vocab_size), np.float32)
         for start in range(0, int(lengths_B.max(initial=0)), chunk):
             new_B = np.clip(lengths_B - start, 0, chunk)

@@ -23,7 +23,7 @@ class MatMul(OpRun):
 
 
 class Gemm(OpRun):
-    def _run(self, a, b, c=None, alpha=1.0, beta=1.0, transA=0, transB=0):  # type: ignore[no-untyped-def]  # noqa: N803
+    def _run(self, a, b, c=None, alpha=1.0, beta=1.0, transA=0, transB=0):  # type: ignore[no-untyped-def]
         product = alpha * (wide(a).T if transA else wide(a)) @ (wide(b).T if transB else wide(b))
         return ((product if c is None else product + beta * wide(c)).astype(a.dtype),)
 

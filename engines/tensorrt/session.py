@@ -1,0 +1,149 @@
+"""Run a TensorRT engine: ragged prefill in chunks, decode through a CUDA graph, states on the device and in place.
+
+The logic has run against a device of host memory and an engine that evaluates the lowered graph (tests/tensorrt); it has never run on a
+GPU.
+
+Shape suffixes: B batch rows, T new tokens, P positions with logits, N vocabulary, R rows of one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from engines.config import EngineConfig
+from engines.errors import ENVIRONMENT, EngineError
+from engines.interface import State, StepResult
+from engines.plan import Run
+from engines.ragged import RaggedSession
+from engines.tensorrt.bindings import StepShapes
+from engines.tensorrt.profiles import DECODE
+from engines.tensorrt.state import TrtState
+
+_TOKEN_INPUTS = ("input_ids", "new_lengths", "past_lengths", "logit_positions")
+
+
+class TrtSession(RaggedSession):
+    """A loaded engine. See `engines.interface.Session`.
+
+    `device`: `engines.tensorrt.device.CudaDevice` or one that does the same. `engine`: TensorRT's ICudaEngine. `weights`: arrays of
+    the engine's weight inputs, copied to the device here.
+    """
+
+    def __init__(self, config: EngineConfig, device: Any, engine: Any, weights: dict[str, np.ndarray]) -> None:
+        self._config, self._device, self._engine = config, device, engine
+        self._max_step_tokens = config.limits.prefill_chunk
+        self._contexts = [self._context(profile) for profile in range(2)]
+        limits, positions = config.limits, int(config.options["max_positions"])
+        widths = {"input_ids": limits.prefill_chunk, "logit_positions": positions}
+        self._inputs = {
+            name: device.allocate(limits.max_batch_size * widths.get(name, 1) * 8) for name in _TOKEN_INPUTS
+        }
+        self._logits = device.allocate(limits.max_batch_size * positions * config.vocab_size * 4)
+        self._weights = {name: self._upload(array) for name, array in weights.items()}
+        for context in self._contexts:
+            for name, address in (self._inputs | self._weights | {"logits": self._logits}).items():
+                _check(context.set_tensor_address(name, address), f"binding {name}")
+        # The decode step that the graph replays; any other step drops it.
+        self._graph: tuple[Any, Any] | None = None
+        self._last_decode: Any = None
+
+    def _context(self, profile: int) -> Any:
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise EngineError("TensorRT made no execution context; the GPU's memory may be full", exit_code=ENVIRONMENT)
+        _check(context.set_optimization_profile_async(profile, self._device.stream), f"choosing profile {profile}")
+        self._device.synchronize()
+        return context
+
+    def _upload(self, array: np.ndarray) -> int:
+        address = int(self._device.allocate(array.nbytes))
+        self._device.upload(address, np.ascontiguousarray(array))
+        return address
+
+    def new_state(self, batch_size: int) -> TrtState:
+        if not 1 <= batch_size <= self.max_batch_size:
+            raise EngineError(
+                f"batch size {batch_size} is not within 1 and the engine's max_batch_size {self.max_batch_size}"
+            )
+        return TrtState(self._config, self._device, batch_size)
+
+    def decode(self, tokens_B: np.ndarray | Sequence[int], state: State) -> np.ndarray:
+        tokens_B = np.asarray(tokens_B)
+        if tokens_B.shape != (state.batch_size,):
+            raise EngineError(f"decode takes one token for each of the {state.batch_size} rows, not {tokens_B.shape}")
+        self._check_ids(tokens_B)
+        ones_B = np.ones(state.batch_size, np.int64)
+        self._check_lengths(self._own(state), ones_B)
+        run = Run(0, state.batch_size, 1)
+        return self._step(run, tokens_B[:, None], ones_B, np.zeros((state.batch_size, 1), np.int64), state).logits[:, 0]
+
+    def _own(self, state: State) -> TrtState:
+        if not isinstance(state, TrtState) or state.config is not self._config:
+            raise EngineError("the state was made by another session; make one with this session's new_state")
+        return state
+
+    def _step(
+        self, run: Run, ids_BT: np.ndarray, new_B: np.ndarray, wanted_RP: np.ndarray, state: Any, taps: bool = False
+    ) -> StepResult:
+        if taps:
+            raise EngineError("a TensorRT engine gives out no inner values; compare layers with an onnxruntime engine")
+        rows, positions = (run.first, run.end), wanted_RP.shape[1]
+        if positions > (most := int(self._config.options["max_positions"])):
+            raise EngineError(
+                f"this engine gives logits of at most {most} positions per step, not {positions}; "
+                "build with a smaller --max-batch-size or --prefill-chunk to get more"
+            )
+        shapes = StepShapes(rows, run.tokens, max(positions, 1))
+        new_R = new_B[slice(*rows)]
+        feeds = {
+            "input_ids": ids_BT[slice(*rows), : run.tokens],
+            "new_lengths": new_R,
+            "past_lengths": state.lengths[slice(*rows)],
+            "logit_positions": wanted_RP if positions else np.zeros((shapes.batch, 1)),
+        }
+        for name, array in feeds.items():
+            self._device.upload(self._inputs[name], np.ascontiguousarray(array, np.int64))
+        self._run(shapes, state)
+        state.advance(rows, new_R)
+        logits_RPN = np.empty((shapes.batch, shapes.positions, self.vocab_size), np.float32)
+        assert logits_RPN.nbytes == shapes.logits_bytes(self.vocab_size)
+        self._device.download(logits_RPN, self._logits)
+        return StepResult(logits_RPN[:, :positions])
+
+    def _run(self, shapes: StepShapes, state: TrtState) -> None:
+        """Enqueue one step. A decode step that comes again is captured after its second run, and replayed from its third:
+        TensorRT wants one plain run at the shapes of a graph, and a graph must not outlive a change of its context's shapes.
+        """
+        bound = list(state.addresses(shapes.rows))
+        key = (shapes, tuple(bound)) if shapes.profile == DECODE else None
+        if key is not None and self._graph is not None and self._graph[0] == key:
+            self._device.launch(self._graph[1])
+            return
+        context = self._contexts[shapes.profile]
+        for name, dims in (shapes.of_inputs() | shapes.of_states(state.layouts)).items():
+            _check(context.set_input_shape(name, dims), f"taking {name} of shape {list(dims)}")
+        for past, present, address in bound:
+            _check(context.set_tensor_address(past, address), f"binding {past}")
+            _check(context.set_tensor_address(present, address), f"binding {present}")
+
+        def enqueue() -> None:
+            _check(context.execute_async_v3(self._device.stream), "running a step; its state is lost")
+
+        enqueue()
+        if key is None:
+            return
+        if self._graph is not None:
+            self._device.synchronize()
+            self._device.release(self._graph[1])
+            self._graph = None
+        if key == self._last_decode:
+            self._graph = (key, self._device.capture(enqueue))
+        self._last_decode = key
+
+
+def _check(done: bool, doing: str) -> None:
+    if not done:
+        raise EngineError(f"TensorRT failed {doing}", exit_code=ENVIRONMENT)
