@@ -13,7 +13,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mxcompile needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,dev,plugins,tensorrt-rtx,transformers]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,dev,mpi,plugins,tensorrt-rtx,transformers]'
 	touch $@
 
 demo: setup
