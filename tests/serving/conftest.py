@@ -73,8 +73,7 @@ def start_server(installation, engine, tmp_path_factory):
         return server
 
     yield start
-    for server in running:
-        server.stop()
+    assert [server.stop() for server in running] == [0] * len(running)
 
 
 @pytest.fixture(scope="session")

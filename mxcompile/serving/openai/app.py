@@ -112,11 +112,8 @@ def create_app(triton: str, metrics: str, model: str) -> FastAPI:
 
     async def answer(body: Common, request: Request, kind: str, shape: Shape) -> Response:
         _check_model(body.model)
-        head = {
-            "id": f"{'chatcmpl' if kind == 'chat.completion' else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
+        prefix = "chatcmpl" if kind == "chat.completion" else "cmpl"
+        head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         tensors = body.tensors() | {"stream": body.stream}
         if not body.stream:
             found = await _unless_left(request, client.post(f"/v2/models/{model}/generate", json=tensors))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mxcompile.errors import EnvironmentProblem
 
-PACKAGES = ("nvidia-pytriton==0.7.0", "numpy<2")
+REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 VARIABLE = "MXCOMPILE_TRITON_VENV"
 
 
@@ -76,7 +76,7 @@ def install(folder: Path) -> TritonInstallation:
         folder.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, capture_output=True, text=True)
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, *PACKAGES], check=True, capture_output=True, text=True)
+        subprocess.run([*pip, "--requirement", str(REQUIREMENTS)], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         lines = str(getattr(error, "stderr", "") or error).strip().splitlines()
@@ -88,7 +88,7 @@ def install(folder: Path) -> TritonInstallation:
         raise
     found = find(folder)
     if found is None:
-        raise EnvironmentProblem(f"{folder}: {PACKAGES[0]} has no Triton for this Python and this machine")
+        raise EnvironmentProblem(f"{folder}: nvidia-pytriton has no Triton for this Python and this machine")
     return found
 
 
