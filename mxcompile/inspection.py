@@ -64,10 +64,34 @@ def inspect_engine(path: Path, *, verify: bool = False) -> dict[str, Any]:
         "inputs": {port.name: f"{port.dtype} {_dims(port.dims)}" for port in config.inputs},
         "outputs": {port.name: f"{port.dtype} {_dims(port.dims)}" for port in config.outputs},
         "operators": dict(_operators(graphs[0])) if graphs else {},
+        **_compiled(path, config),
         "files": {
             name: {"bytes": record.size, "sha256": record.sha256, "checked": "whole" if verify else "sampled"}
             for name, record in sorted(config.files.items())
         },
+    }
+
+
+def _compiled(path: Path, config: EngineConfig) -> dict[str, Any]:
+    """Of a TensorRT engine: what it is for, and its layers by kind, by plugin, and by the type of what they give out."""
+    import json
+
+    if not config.target.startswith("tensorrt"):
+        return {}
+    file = path / f"rank{config.ranks[0].rank}.layers.json"
+    try:
+        layers = json.loads(file.read_text(encoding="utf-8"))
+        types = Counter(output["dtype"] for layer in layers for output in layer["outputs"])
+        plugins = Counter(layer["plugin"] for layer in layers if layer["plugin"])
+        kinds = Counter(layer["plugin"] or layer["type"].lower() for layer in layers)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MxcompileError(f"{file}: not a list of layers ({error}); rebuild the engine") from error
+    shown = ("gpu", "compute_capability", "attention", "capacity", "max_positions", "strip_weights")
+    return {
+        "operators": dict(kinds.most_common()),
+        "plugins": dict(plugins.most_common()),
+        "precision": dict(types.most_common()),
+        "compiled_for": {name: config.options[name] for name in shown if name in config.options},
     }
 
 

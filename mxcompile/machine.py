@@ -16,7 +16,17 @@ from typing import Any
 
 # What building and running each target needs: distribution names of the package registry.
 _BUILD = ("torch", "onnx", "onnx-ir", "onnxscript", "safetensors")
-_LIBRARIES = ("numpy", "ml_dtypes", "tokenizers", "onnxruntime", *_BUILD, "transformers", "tensorrt", "tensorrt_rtx")
+_LIBRARIES = (
+    "numpy",
+    "ml_dtypes",
+    "tokenizers",
+    "onnxruntime",
+    *_BUILD,
+    "transformers",
+    "tensorrt",
+    "tensorrt_rtx",
+    "cuda-bindings",
+)
 _ONNXRUNTIME_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 _TENSORRT_RTX_DISTRIBUTIONS = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt_rtx", "tensorrt-rtx")
 _TENSORRT_DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
@@ -120,18 +130,18 @@ def _targets(machine: Machine) -> list[TargetStatus]:
     def supported(target: str) -> list[str]:
         return [] if target in TARGET_DTYPES else ["a version of mxcompile with this target"]
 
-    rtx, full = library("tensorrt_rtx"), library("tensorrt")
+    rtx, full, cuda = library("tensorrt_rtx"), library("tensorrt"), library("cuda-bindings")
     return [
         TargetStatus("onnxruntime", build + library("onnxruntime"), library("onnxruntime")),
         TargetStatus(
             "tensorrt-rtx",
             supported("tensorrt-rtx") + build + rtx + compiler,
-            supported("tensorrt-rtx") + rtx + ampere,
+            supported("tensorrt-rtx") + rtx + cuda + ampere,
         ),
         TargetStatus(
             "tensorrt",
             supported("tensorrt") + build + full + compiler + hopper,
-            supported("tensorrt") + full + hopper,
+            supported("tensorrt") + full + cuda + hopper,
         ),
     ]
 

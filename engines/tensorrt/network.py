@@ -49,10 +49,16 @@ def describe_layers(network: Any, model: ir.Model) -> list[dict[str, Any]]:
                 "type": kind,
                 "plugin": operators.get(layer.name) if kind.startswith("PLUGIN") else None,
                 "outputs": [
-                    {"dtype": str(out.dtype).rsplit(".", 1)[-1].lower(), "dims": list(out.shape)}
+                    {"dtype": _dtype_name(out.dtype), "dims": list(out.shape)}
                     for out in outputs
                     if out is not None
                 ],
             }
         )
     return layers
+
+
+def _dtype_name(dtype: Any) -> str:
+    """TensorRT's DataType by numpy's name where the two differ."""
+    name = str(dtype).rsplit(".", 1)[-1].lower()
+    return {"float": "float32", "half": "float16", "bf16": "bfloat16"}.get(name, name)

@@ -51,6 +51,10 @@ def _print(found: dict[str, Any]) -> None:
             print_table(name.capitalize(), ("name", "type"), found[name].items())
     if found.get("operators"):
         print_table("Operators", ("operator", "nodes"), found["operators"].items())
+    if found.get("plugins"):
+        print_table("Plugins", ("plugin", "layers"), found["plugins"].items())
+    if found.get("precision"):
+        print_table("Precision", ("type", "values"), found["precision"].items())
     if found["kind"] == "engine":
         rows = [(name, bytes_text(f["bytes"]), f["sha256"]) for name, f in found["files"].items()]
         print_table("Files", ("file", "size", "sha256"), rows)
@@ -62,7 +66,7 @@ def _print(found: dict[str, Any]) -> None:
 
 def _flattened(found: dict[str, Any]) -> dict[str, str]:
     """Small groups of values, one line each."""
-    groups = ("limits", "mapping", "checkpoint", "versions", "stored_types", "opsets")
+    groups = ("limits", "mapping", "checkpoint", "versions", "compiled_for", "stored_types", "opsets")
     return {
         name: ", ".join(f"{key} {value}" for key, value in found[name].items()) for name in groups if found.get(name)
     }
