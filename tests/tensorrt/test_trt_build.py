@@ -176,10 +176,10 @@ def test_a_missing_or_wrong_plugin_library_is_refused(trt: object, tmp_path: Pat
 class FullGpu:
     """As much of cuda.bindings.runtime as shows what an allocation says on a full GPU."""
 
-    class cudaError_t:  # noqa: N801
+    class cudaError_t:
         cudaSuccess = 0
 
-    def cudaMemGetInfo(self) -> tuple[int, int, int]:  # noqa: N802
+    def cudaMemGetInfo(self) -> tuple[int, int, int]:
         return 0, 2**30, 8 * 2**30
 
 
