@@ -24,6 +24,7 @@ VERBS = {
     "triton": "Write a Triton model repository of an engine.",
     "validate": "Compare an engine with the PyTorch definition of its checkpoint.",
     "bench": "Measure an engine beside PyTorch and transformers: times, memory, long-context agreement.",
+    "report": "One page: is an engine right, how fast is it beside the others, what does it cost.",
     "inspect": "Describe an engine directory, a checkpoint or an ONNX file.",
     "export": "Write the canonical ONNX graph of a checkpoint or a preset.",
     "checkpoint": "Create or verify a checkpoint.",

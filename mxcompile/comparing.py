@@ -1,0 +1,150 @@
+"""`mxcompile report`: gather validations, benchmarks and grids, refuse what does not belong together, and write every form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engines.directory import read_config
+from mxcompile.bench.needle import read_needle
+from mxcompile.bench.results import read_any, read_json, write_json
+from mxcompile.bench.run import describe_engine
+from mxcompile.errors import MxcompileError
+from mxcompile.progress import Progress, SilentProgress
+from mxcompile.report.comparison import compare, short_name, with_failures
+from mxcompile.report.comparison_page import write_page
+from mxcompile.report.comparison_text import to_csv, to_markdown
+from mxcompile.report.conditions import parse, violations
+from mxcompile.report.files import write_text
+from mxcompile.validation import ValidationOptions, validate
+from mxcompile.validation.results import ValidationReport
+
+Path_ = str | os.PathLike[str]
+
+
+def report(
+    engine_dirs: Sequence[Path_] = (),
+    *,
+    against: Path_ | None = None,
+    bench: Sequence[Path_] = (),
+    needle: Sequence[Path_] = (),
+    validation: Sequence[Path_] = (),
+    baseline: Path_ | None = None,
+    price_per_hour: float | None = None,
+    fail_on: Sequence[str] = (),
+    quick: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The comparison as plain values; `write` makes files of it.
+
+    Engines without a validation file are validated now, when `against` is given. Raises MxcompileError (exit code 2) for files that are
+    damaged, of another version, or of another engine or checkpoint than the others.
+    """
+    progress = progress or SilentProgress()
+    conditions = parse(fail_on)
+    if price_per_hour is not None and price_per_hour <= 0:
+        raise MxcompileError(f"the price per hour must be above 0, not {price_per_hour}")
+    if not engine_dirs and not bench and not validation and not needle:
+        raise MxcompileError("nothing to report on; give an engine directory, --bench or --validation")
+    taken: set[str] = set()
+    engines = [(Path(path).absolute(), read_config(path)) for path in engine_dirs]
+    benches = [(short_name(path, taken), read_json(path)) for path in bench]
+    needles = [(short_name(path, taken), read_needle(path)) for path in needle]
+    validations = [(short_name(path, taken), _read_validation(path)) for path in validation]
+    fingerprint = _fingerprint(against)
+    digests = {describe_engine(folder, config)["digest"]: folder for folder, config in engines}
+    for folder, config in engines:
+        _same_checkpoint(
+            str(folder), config.checkpoint.fingerprint if config.checkpoint else None, fingerprint, against
+        )
+    for name, item in benches:
+        _same_checkpoint(name, (item.checkpoint or {}).get("fingerprint"), fingerprint, against)
+        _known_engine(name, item.engine, digests)
+    for name, grid in needles:
+        _same_checkpoint(name, grid.checkpoint["fingerprint"], fingerprint, against)
+        _known_engine(name, grid.engine, digests)
+    for name, done in validations:
+        _same_checkpoint(name, (done.engine.get("checkpoint") or {}).get("fingerprint"), fingerprint, against)
+    not_run: list[dict[str, str]] = []
+    if not validations:
+        for folder, _ in engines:
+            if against is None:
+                not_run.append(
+                    {"what": f"{folder.name}: accuracy", "reason": "no --against CHECKPOINT and no --validation file"}
+                )
+            else:
+                options = ValidationOptions(quick=quick, threads=threads)
+                validations.append((short_name(folder, taken), validate(folder, against, options, progress)))
+    if not benches:
+        not_run.append(
+            {"what": "speed", "reason": "no --bench file; `mxcompile bench ENGINE_DIR --json FILE` writes one"}
+        )
+    if not needles:
+        not_run.append(
+            {
+                "what": "long contexts",
+                "reason": "no --needle file; `mxcompile bench ENGINE_DIR --needle --json FILE` writes one",
+            }
+        )
+    if price_per_hour is None:
+        not_run.append({"what": "cost", "reason": "no --price-per-hour"})
+    values = compare(
+        engines=[describe_engine(folder, config) for folder, config in engines],
+        validations=validations,
+        benches=benches,
+        needles=needles,
+        baseline=None if baseline is None else (short_name(baseline, taken), read_json(baseline)),
+        price_per_hour=price_per_hour,
+        not_run=not_run,
+    )
+    return with_failures(values, violations(conditions, values))
+
+
+def write(
+    values: dict[str, Any],
+    *,
+    html: Path_ | None = None,
+    json: Path_ | None = None,
+    csv: Path_ | None = None,
+    markdown: Path_ | None = None,
+) -> None:
+    """Every form that has a path, each whole or not at all."""
+    if html is not None:
+        write_page(values, html)
+    if json is not None:
+        write_json(values, json)
+    if csv is not None:
+        write_text(csv, to_csv(values))
+    if markdown is not None:
+        write_text(markdown, to_markdown(values))
+
+
+def _read_validation(path: Path_) -> ValidationReport:
+    found: ValidationReport = read_any(path, ValidationReport.from_dict)
+    return found
+
+
+def _fingerprint(against: Path_ | None) -> str | None:
+    if against is None:
+        return None
+    from model_defs.checkpoint.reader import Checkpoint
+
+    return Checkpoint.open(against).fingerprint()
+
+
+def _same_checkpoint(name: str, theirs: str | None, ours: str | None, against: Path_ | None) -> None:
+    if ours is not None and theirs is not None and theirs != ours:
+        raise MxcompileError(
+            f"{name}: is of another checkpoint than {against}; give that one with --against, or leave the file out"
+        )
+
+
+def _known_engine(name: str, engine: dict[str, Any] | None, digests: dict[str, Path]) -> None:
+    if digests and engine is not None and engine.get("digest") not in digests:
+        given = ", ".join(str(folder) for folder in digests.values())
+        raise MxcompileError(
+            f"{name}: was measured on another engine ({engine.get('path')}) than {given}; measure this one"
+        )
