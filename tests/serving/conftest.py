@@ -73,7 +73,7 @@ def start_server(installation, engine, tmp_path_factory):
         return server
 
     yield start
-    assert [server.stop() for server in running] == [0] * len(running)
+    assert [server.stop() for server in running] == [server.expected for server in running]
 
 
 @pytest.fixture(scope="session")

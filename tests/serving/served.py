@@ -27,6 +27,7 @@ class Served:
     http: int
     grpc: int
     metrics: int
+    expected: int = 0  # exit status
 
     def open(self, path: str, body: dict | bytes) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """POST to Triton; the caller closes the connection."""

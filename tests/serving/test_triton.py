@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from served import listed
 
@@ -268,3 +269,20 @@ def test_sigterm_lets_requests_end_and_sessions_survive(start_server, loaded, tm
     assert found["num_cached_tokens"] == len(said) - 1
     assert found["output_ids"] == alone(loaded, more, prompt=[*said, 11]).tokens
     assert second.stop() == 0, second.log.read_text()
+
+
+@pytest.mark.parametrize("which", ["serve", "tritonserver"])
+def test_a_killed_parent_leaves_no_process(start_server, which):
+    server = start_server("--openai-port", 0)
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    assert {"tritonserver", "triton_python_backend_stub"} <= {process.name() for process in family}
+    if which == "serve":
+        server.process.kill()
+    else:
+        next(process for process in family if process.name() == "tritonserver").kill()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+    assert server.process.wait(60) != 0
+    server.expected = server.process.returncode
+    if which == "tritonserver":
+        assert "error: Triton ended by itself" in server.log.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import http.client
 import os
 import shutil
@@ -20,8 +21,17 @@ from mxcompile.serving.triton.environment import TritonInstallation, backend_dir
 DRAIN_S = 30
 
 
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def _end_with_parent() -> None:
+    """In the child: ask for SIGTERM when the thread that started it is gone, so that a killed parent leaves no server."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class TritonServer:
-    """Serves a model repository until it is stopped. Use it in a with block."""
+    """Serves a model repository until it is stopped. Start it from a thread that stays, and use it in a with block."""
 
     def __init__(
         self,
@@ -62,7 +72,13 @@ class TritonServer:
         try:
             # A group of its own: Ctrl-C on the terminal must not reach it before this process has decided.
             self._process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         except OSError as error:
             shutil.rmtree(self._backends, ignore_errors=True)
