@@ -165,7 +165,8 @@ class PyTorchSession:
         meant_BP = (positions_BP >= 0) & (positions_BP < new_B[:, None])
         past_B = state.lengths.copy()
         state.reserve(int(past_B.max()) + tokens)
-        with torch.inference_mode(), self._limited_threads():
+        # Not inference_mode: its tensors could not be written to by `write_row` and `clear_row`.
+        with torch.no_grad(), self._limited_threads():
             logits_BPN, state.tensors, tapped = self.model(
                 torch.from_numpy(np.where(valid_BT, ids_BT, 0).astype(np.int64)),
                 torch.from_numpy(new_B),

@@ -43,18 +43,18 @@ def print_report(report: ValidationReport, console: Console | None = None) -> No
             if not measure.passed:
                 place = f" at {measure.where}" if measure.where else ""
                 text = f"{check.group}, {check.case}: {measure.name} {number(measure.value)} is not {limit_text(measure)}{place}"
-                console.print(Text(text, "red"))
+                console.print(Text(text, "red"), soft_wrap=True)
     if len(report.failed) > 10:
         console.print(f"... and {len(report.failed) - 10} more failing checks")
     if not report.passed and report.layers:
         _print_layers(report, console)
     for check in report.checks:
         for note in check.notes:
-            console.print(Text(f"{check.group}, {check.case}: {note}", "dim"))
+            console.print(Text(f"{check.group}, {check.case}: {note}", "dim"), soft_wrap=True)
     for item in report.not_run:
-        console.print(Text(f"not run: {item.check} ({item.reason})", "dim"))
-    console.print(f"greedy: {greedy_text(report)} identical, {report.seconds:.1f} s in all")
-    console.print(Text(report.verdict, "bold green" if report.passed else "bold red"))
+        console.print(Text(f"not run: {item.check} ({item.reason})", "dim"), soft_wrap=True)
+    console.print(f"greedy: {greedy_text(report)} identical, {report.seconds:.1f} s in all", soft_wrap=True)
+    console.print(Text(report.verdict, "bold green" if report.passed else "bold red"), soft_wrap=True)
 
 
 def _title(report: ValidationReport) -> str:

@@ -9,6 +9,7 @@ Shape suffixes: n tokens, D hidden, E experts, k chosen experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -166,7 +167,7 @@ def _router_or_attention(
     if rerouted is not None and other.router is not None and other.hidden is not None and item.hidden:
         hidden_nD = rerouted(item.layer, reference.tokens, other.router[item.layer])
         left = float(metrics.relative_norm(hidden_nD, other.hidden[item.layer]).max())
-        if left <= 0.1 * item.hidden:
+        if math.isfinite(left) and left <= 0.1 * item.hidden:
             return "router", "the router's weights"
     detail = "norm or gate, " if item.kind == "lightning" else ""
     return item.kind, f"its output, that is the queries, {detail}the output projection or the norm behind it"
