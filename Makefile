@@ -30,12 +30,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files 'plugins/*.h' 'plugins/*.cuh' 'plugins/*.cu' 'plugins/*.cpp' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	git ls-files '*.h' '*.cuh' '*.cu' '*.cpp' | xargs -r $(BIN)/clang-format --dry-run --Werror
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'plugins/*.h' 'plugins/*.cuh' 'plugins/*.cu' 'plugins/*.cpp' | xargs -r $(BIN)/clang-format -i
+	git ls-files '*.h' '*.cuh' '*.cu' '*.cpp' | xargs -r $(BIN)/clang-format -i
 
 # On a machine with an NVIDIA GPU, nvcc, torch and pytest; uses that machine's own Python.
 gpu-test:

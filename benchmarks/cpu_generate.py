@@ -135,7 +135,9 @@ def measure(options: argparse.Namespace, folders: dict[str, str]) -> tuple[dict[
             failed[name] = answer["error"]
         else:
             pipes[name] = here
-    runs: dict[str, dict[int, list[dict[str, float]]]] = {name: {n: [] for n in options.prompt_lengths} for name in pipes}
+    runs: dict[str, dict[int, list[dict[str, float]]]] = {
+        name: {n: [] for n in options.prompt_lengths} for name in pipes
+    }
     for round_number in range(options.warmup + options.rounds):
         for length in options.prompt_lengths:
             prompt = [(7 * i * i + 3 * i + round_number) % 1000 + 1 for i in range(length)]
@@ -153,7 +155,9 @@ def measure(options: argparse.Namespace, folders: dict[str, str]) -> tuple[dict[
     for process in processes:
         process.join(10)
         process.kill()
-    return {name: {str(n): _summary(samples) for n, samples in by_length.items()} for name, by_length in runs.items()}, failed
+    return {
+        name: {str(n): _summary(samples) for n, samples in by_length.items()} for name, by_length in runs.items()
+    }, failed
 
 
 def _summary(samples: list[dict[str, float]]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Time and memory of writing a full-size canonical graph from the configuration alone, in a fresh process.
 
-    python benchmarks/export_graph.py --preset text-01 --json benchmarks/results/export_text-01.json
+python benchmarks/export_graph.py --preset text-01 --json benchmarks/results/export_text-01.json
 """
 
 from __future__ import annotations

@@ -46,7 +46,9 @@ def random_memories(config: ModelConfig, length: int, random: np.random.Generato
     )
 
 
-def measure(engine: Path, config: ModelConfig, lengths: list[int], steps: int, warmup: int, threads: int) -> dict[str, dict[str, float]]:
+def measure(
+    engine: Path, config: ModelConfig, lengths: list[int], steps: int, warmup: int, threads: int
+) -> dict[str, dict[str, float]]:
     """Median seconds of one decode step by kind of layer, by context length."""
     engine_config = read_config(engine)
     files = engine_config.ranks[0]

@@ -56,7 +56,7 @@ def main() -> None:
 
     lower_graph(model, request, quiet)
     weights_to_inputs(model, weights)
-    compiled = compile_plan(trt, model, {}, request, quiet)
+    compiled = compile_plan(trt, model, {}, request, len, quiet)
     built = time.perf_counter()
     plugins = Counter(layer["plugin"] for layer in compiled.layers if layer["plugin"])
     print(
@@ -68,7 +68,7 @@ def main() -> None:
                 "attention": request.attention,
                 "capacity": request.capacity,
                 "weight_gib": round(weight_bytes / 2**30, 2),
-                "plan_mib": round(memoryview(compiled.plan).nbytes / 2**20, 1),
+                "plan_mib": round(compiled.size / 2**20, 1),
                 "plugins": dict(plugins),
                 "trace_s": round(traced - started, 1),
                 "build_s": round(built - traced, 1),

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Watches the text of one sequence. How it is cut into pieces (tokens) changes neither what is shown nor matched.
-    """
+    """Watches the text of one sequence. How it is cut into pieces (tokens) changes neither what is shown nor matched."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
