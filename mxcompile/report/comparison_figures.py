@@ -46,7 +46,8 @@ def _by_length(values: Values, name: str, key: str, factor: float, title: str, u
         return None
     batch = min(row["batch_size"] for row in rows)
     rows = [row for row in rows if row["batch_size"] == batch]
-    text = f"Medians by prompt length, for {_rows_text(batch)}."
+    spread = "; whiskers reach from the fastest to the slowest round" if key in ("ttft_s", "itl_s") else ""
+    text = f"Medians by prompt length, for {_rows_text(batch)}{spread}."
     return _curves(
         name, title, text, rows, "prompt_length", key, factor, Axis("prompt tokens"), Axis(unit, log=log), tokens_text
     )
@@ -78,14 +79,29 @@ def _curves(
     places = sorted({row[x_key] for row in rows})
     series = []
     for index, ((bench, who), label) in enumerate(_sides(rows).items()):
-        mine = {row[x_key]: row[y_key] * factor for row in rows if (row["bench"], row["contestant"]) == (bench, who)}
+        mine = {row[x_key]: row[y_key] * factor for row in rows if _side(row) == (bench, who)}
         x = [places.index(place) for place in sorted(mine)]
-        series.append(Series(label, x, [mine[place] for place in sorted(mine)], index % COLOURS + 1, "line+points"))
+        y = [mine[place] for place in sorted(mine)]
+        ranges = [
+            _ends(row, y_key, factor) for row in sorted(rows, key=lambda row: row[x_key]) if _side(row) == (bench, who)
+        ]
+        known = [pair for pair in ranges if pair is not None]
+        series.append(Series(label, x, y, index % COLOURS + 1, "line+points", known if len(known) == len(x) else ()))
     try:
         drawing = chart(name, title, text, series, x_axis, y_axis, x_names=[x_text(place) for place in places])
     except ValueError:  # nothing that a logarithmic axis can show
         return None
     return Figure(name, title, drawing, text)
+
+
+def _side(row: Values) -> tuple[str, str]:
+    return row["bench"], row["contestant"]
+
+
+def _ends(row: Values, key: str, factor: float) -> tuple[float, float] | None:
+    """Least and most of a value over the rounds, where the row has them."""
+    low, high = (row.get(f"{key.removesuffix('_s')}_{end}_s") for end in ("low", "high"))
+    return None if low is None or high is None else (low * factor, high * factor)
 
 
 def _layers(item: Values, index: int) -> Figure | None:

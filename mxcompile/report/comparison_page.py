@@ -63,7 +63,9 @@ def _cards(values: Values) -> str:
         if item["part"] == "memory":
             continue
         what = {"prefill": "to the first token", "decode": "between tokens"}[item["part"]]
-        text = f"as fast as {item['rival']} {what} ({number(item['least'])} to {number(item['most'])}), {item['bench']}"
+        rival = {"pytorch": "PyTorch"}.get(item["rival"], item["rival"])
+        which = f", {item['bench']}" if len(values["machines"]) > 1 else ""
+        text = f"as fast as {rival} {what} ({number(item['least'])} to {number(item['most'])}){which}"
         cards.append((_value(f"speedups.{index}.mean", item["mean"], f"{number(item['mean'])} ×"), text))
     return (
         '<div class="cards">' + "".join(f'<div class="card"><b>{v}</b>{escape(t)}</div>' for v, t in cards) + "</div>"

@@ -20,13 +20,15 @@ MAX_POINTS = 1200  # of one series; longer ones are thinned to the largest value
 
 @dataclass(frozen=True)
 class Series:
-    """Numbers to draw. `colour`: 1 to 4. Values that are None or not finite leave a gap."""
+    """Numbers to draw. `colour`: 1 to 4. Values that are None or not finite leave a gap. `ranges`: (low, high) of every point, drawn
+    as whiskers."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float | None]
     colour: int = 1
     form: Literal["line", "points", "line+points", "bars"] = "line"
+    ranges: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,12 @@ def chart(
     """One chart as an `<svg>` element; `name` is unique in the page. `mark_x` is a vertical line with a name. `x_names` name the
     x values 0, 1, 2, ... Raises ValueError when there is nothing to draw."""
     points = [(s, [(a, b) for a, b in zip(s.x, s.y, strict=True) if _drawable(b, y.log)]) for s in series]
-    heights = [float(b) for _, pairs in points for _, b in pairs if b is not None] + [limit.y for limit in limits]
+    values = [float(b) for _, pairs in points for _, b in pairs if b is not None and (b > 0 or not y.log)]
+    heights += [end for s in series for ends in s.ranges for end in ends if _drawable(end, y.log)]
     widths = [float(a) for s in series for a in s.x]
-    if not heights or not widths:
+    if not values or not widths:
         raise ValueError(f"chart {name} has nothing to draw")
+    heights = values + [limit.y for limit in limits]
     bars = any(s.form == "bars" for s in series)
     x_low, x_high = min(widths), max(widths)
     if bars or x_low == x_high:
@@ -86,7 +90,7 @@ def chart(
         end = at > WIDTH / 2
         parts.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(
-            f'<text class="tick" x="{at + (-4 if end else 4):.1f}" y="{HEIGHT - BOTTOM - 5}" '
+            f'<text class="tick" x="{at + (-4 if end else 4):.1f}" y="{TOP + 9}" '
             f'text-anchor="{"end" if end else "start"}">{escape(mark_x[1])}</text>'
         )
     bar_series = [s for s in series if s.form == "bars"]
@@ -98,6 +102,12 @@ def chart(
         if "line" in item.form and len(drawn) > 1:
             path = " ".join(f"{a:.1f},{b:.1f}" for a, b in drawn)
             parts.append(f'<polyline class="line c{item.colour}" points="{path}"/>')
+        for at, (low, high) in zip(item.x, item.ranges, strict=False):
+            if _drawable(low, y.log) and _drawable(high, y.log):
+                ends = f'y1="{place_y(low):.1f}" y2="{place_y(high):.1f}"'
+                parts.append(
+                    f'<line class="line c{item.colour}" x1="{place_x(at):.1f}" x2="{place_x(at):.1f}" {ends}/>'
+                )
         if "points" in item.form or len(drawn) == 1:
             size = 2.6 if len(drawn) < 100 else 1.3
             dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{size}"/>' for a, b in drawn)
@@ -107,8 +117,8 @@ def chart(
         parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         above = at > TOP + 14
         parts.append(
-            f'<text class="limit-name" x="{WIDTH - RIGHT - 3}" y="{at - 4 if above else at + 12:.1f}" '
-            f'text-anchor="end">{escape(limit.label)}</text>'
+            f'<text class="limit-name" x="{LEFT + 5}" y="{at - 4 if above else at + 12:.1f}" '
+            f'text-anchor="start">{escape(limit.label)}</text>'
         )
     parts += _axes(x, y)
     parts.append(_legend([(s.label, s.colour) for s in series]))
@@ -201,7 +211,8 @@ def _bars(
 
 
 def _drawable(value: float | None, log: bool) -> bool:
-    return value is not None and math.isfinite(value) and (value > 0 or not log)
+    """Zero has no place on a logarithmic axis and is drawn on its end."""
+    return value is not None and math.isfinite(value) and (value >= 0 or not log)
 
 
 def _range(values: Sequence[float], log: bool) -> tuple[float, float]:

@@ -1,0 +1,264 @@
+"""`report`: the page says what the JSON says, wrong engines are named, and files that do not belong together are refused."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import html
+import io
+import json
+import re
+
+import pytest
+
+from engines.directory import read_config
+from mxcompile.backends.pytorch import PyTorchSession
+from mxcompile.bench.results import BenchReport, Cell, Contestant, LayerTimes, NotRun, write_json
+from mxcompile.bench.run import describe_engine
+from mxcompile.bench.statistics import summary
+from mxcompile.checkpoints import create_checkpoint
+from mxcompile.comparing import report, write
+from mxcompile.errors import MxcompileError
+from mxcompile.report.comparison import SAME, compare
+from mxcompile.report.comparison_page import page
+from mxcompile.report.comparison_text import to_csv, to_markdown
+from mxcompile.validation import ValidationOptions, validate
+
+
+def made_bench(engine, factor=1.0) -> BenchReport:
+    """A benchmark with made-up times: PyTorch takes `3 / factor` times as long as the engine."""
+    config = read_config(engine)
+    cells = []
+    for batch in (1, 2):
+        for length in (16, 64):
+            for name, slow in (("engine", factor), ("pytorch", 3.0)):
+                first, step = 0.01 * slow * length / 16 * batch, 0.002 * slow
+                rounds = [
+                    {
+                        "ttft_s": first * (1 + i / 50),
+                        "steps_s": [step * (1 + i / 40)] * 4,
+                        "peak_bytes": 50_000_000,
+                        "state_bytes": 90_000,
+                    }
+                    for i in range(3)
+                ]
+                bound = {
+                    "prefill_s": first / 3,
+                    "decode_s": step / 4,
+                    "prefill_fraction": 1 / 3,
+                    "decode_fraction": 0.25,
+                }
+                cells.append(Cell(name, length, batch, rounds, summary(rounds, length, batch), bound))
+    environment = {
+        "cpu": "a CPU",
+        "cores": 2,
+        "threads": 2,
+        "load_average_before": [0.0, 0.0, 0.0],
+        "libraries": {"numpy": "2"},
+    }
+    kinds = {"lightning": 0.5, "softmax": 0.2, "experts": 0.2, "rest": 0.1}
+    return BenchReport(
+        created="2026-01-01T00:00:00+00:00",
+        updated="2026-01-01T00:10:00+00:00",
+        options={"backends": ["engine", "pytorch"], "repeats": 3, "warmup": 1, "new_tokens": 4, "threads": 2},
+        engine=describe_engine(engine, config),
+        checkpoint={"path": config.checkpoint.path, "fingerprint": config.checkpoint.fingerprint},
+        environment=environment,
+        finished=True,
+        rates=[{"copy_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11}],
+        contestants=[Contestant("engine", "float32"), Contestant("pytorch", "float32")],
+        cells=cells,
+        not_run=[NotRun("engine", "exceeds its max_seq_len 200", 512, 1)],
+        layer_times=[LayerTimes("engine", 64, 4, kinds, kinds)],
+    )
+
+
+@pytest.fixture(scope="module")
+def files(engine, checkpoint, tmp_path_factory):
+    """A benchmark, a slower older one and a validation as files."""
+    folder = tmp_path_factory.mktemp("files")
+    write_json(made_bench(engine).to_dict(), folder / "new.json")
+    write_json(made_bench(engine, factor=2.0).to_dict(), folder / "old.json")
+    found = validate(engine, checkpoint, ValidationOptions(quick=True, threads=2))
+    write_json(found.to_dict(), folder / "validation.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def values(engine, checkpoint, files):
+    return report(
+        [engine],
+        against=checkpoint,
+        bench=[files / "new.json"],
+        validation=[files / "validation.json"],
+        baseline=files / "old.json",
+        price_per_hour=3.6,
+    )
+
+
+def lookup(values, key):
+    for part in key.split("."):
+        values = values[int(part)] if isinstance(values, list) else values[part]
+    return values
+
+
+def test_numbers_in_the_page_equal_the_json(values, tmp_path):
+    write(values, html=tmp_path / "r.html", json=tmp_path / "r.json")
+    stored, text = json.loads((tmp_path / "r.json").read_text()), (tmp_path / "r.html").read_text()
+    cells = re.findall(r'data-key="([^"]+)" data-value="([^"]+)">([^<]*)<', text)
+    assert len(cells) > 100
+    for key, value, shown in cells:
+        assert json.loads(html.unescape(value)) == lookup(stored, key), key
+        assert shown
+    keys = {key for key, _, _ in cells}
+    for index in range(len(stored["rows"])):
+        for name in (
+            "ttft_s",
+            "itl_s",
+            "itl_p99_s",
+            "peak_bytes",
+            "state_bytes",
+            "input_cost_per_million",
+            "predicted_itl_s",
+        ):
+            assert f"rows.{index}.{name}" in keys
+    milliseconds = next(shown for key, _, shown in cells if key == "rows.0.ttft_s")
+    assert milliseconds == "10.2 ms"
+    assert stored["rows"][0]["ttft_s"] == pytest.approx(0.0102)
+
+
+def test_the_page_needs_nothing_else_and_has_every_figure(values):
+    text = page(values)
+    assert "<script" not in text
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)
+    for title in (
+        "Time to the first token",
+        "Time between tokens",
+        "Throughput by batch",
+        "Peak memory",
+        "Time by kind of layer",
+    ):
+        assert title in text
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    named = {name for pair in re.findall(r'aria-labelledby="([^"]+)"', text) for name in pair.split()}
+    assert named <= set(ids)
+
+
+def test_verdict_cost_and_what_was_not_run(values):
+    assert values["verdict"]["status"] == "passed"
+    assert any("3 times as fast as PyTorch to the first token" in text for text in values["verdict"]["sentences"])
+    row = values["rows"][0]
+    assert row["input_cost_per_million"] == pytest.approx(3.6 / 3600 / row["prefill_tokens_per_s"] * 1e6)
+    assert {"what": "new: engine at 512 tokens x 1", "reason": "exceeds its max_seq_len 200"} in values["not_run"]
+    assert any(item["what"] == "long contexts" for item in values["not_run"])
+
+
+def test_the_baseline_counts_what_is_beyond_the_spread(values, engine):
+    rows = values["baseline"]["rows"]
+    assert {row["ttft_s_change"] for row in rows if row["contestant"] == "engine"} == {"faster"}
+    assert {row["ttft_s_change"] for row in rows if row["contestant"] == "pytorch"} == {SAME}
+    bench = made_bench(engine)
+    again = compare(benches=[("a", bench)], baseline=("b", copy.deepcopy(bench)))
+    assert {row["itl_s_change"] for row in again["baseline"]["rows"]} == {SAME}
+
+
+def test_csv_and_markdown(values):
+    rows = list(csv.DictReader(io.StringIO(to_csv(values))))
+    assert [float(row["itl_s"]) for row in rows] == [row["itl_s"] for row in values["rows"]]
+    text = to_markdown(values)
+    assert text.startswith("# The engine is right")
+    assert "| new | 16 × 1 | engine | 10.2 |" in text
+
+
+def test_a_wrong_engine_is_named_by_layer_and_kind(checkpoint, engine):
+    session = PyTorchSession.load(checkpoint, threads=2)
+    weight = session.model.layers[1].block_sparse_moe.fc2.weight
+    weight.data[[0, 1]] = weight.data[[1, 0]].clone()
+    found = validate(session, checkpoint, ValidationOptions(quick=True, threads=2))
+    values = compare(validations=[("swapped", found)], benches=[("b", made_bench(engine))])
+    assert values["verdict"]["status"] == "failed"
+    text = page(values)
+    assert "Do not put this engine into production" in text
+    assert "First difference in layer 1, the experts" in text
+
+
+@pytest.mark.parametrize(
+    ("condition", "holds"),
+    [
+        ("ttft_ms>1", True),
+        ("ttft_ms > 1000", False),
+        ("decode_speedup<2", False),
+        ("decode_speedup<4", True),
+        ("slowdown>1.1", False),
+        ("logit_difference>1", False),
+        ("disagreement", False),
+        ("incomplete", True),
+    ],
+)
+def test_conditions(engine, checkpoint, files, condition, holds):
+    inputs = {"bench": [files / "new.json"], "validation": [files / "validation.json"], "baseline": files / "old.json"}
+    found = report([engine], against=checkpoint, fail_on=[condition], **inputs)
+    assert (found["verdict"]["status"] == "failed") == holds
+    assert bool(found["failed_conditions"]) == holds
+
+
+def test_a_condition_on_what_was_not_measured_fails(engine, files):
+    found = report(validation=[files / "validation.json"], fail_on=["peak_gib>100"])
+    assert found["failed_conditions"] == ["peak_gib>100: peak_gib was not measured"]
+    with pytest.raises(MxcompileError, match="is not understood; known: disagreement"):
+        report(validation=[files / "validation.json"], fail_on=["speed>1"])
+
+
+def test_files_that_do_not_belong_together_are_refused(engine, checkpoint, files, tmp_path):
+    create_checkpoint("tiny", tmp_path / "other", seed=99)
+    with pytest.raises(MxcompileError, match="another checkpoint"):
+        report([engine], against=tmp_path / "other", bench=[files / "new.json"])
+    with pytest.raises(MxcompileError, match="validation: is of another checkpoint"):
+        report(against=tmp_path / "other", validation=[files / "validation.json"])
+    moved = json.loads((files / "new.json").read_text())
+    moved["engine"]["digest"] = "0" * 64
+    (tmp_path / "moved.json").write_text(json.dumps(moved))
+    with pytest.raises(MxcompileError, match="was measured on another engine"):
+        report([engine], bench=[tmp_path / "moved.json"])
+    moved["schema_version"] = 7
+    (tmp_path / "moved.json").write_text(json.dumps(moved))
+    with pytest.raises(MxcompileError, match="schema version 7, this mxcompile reads 1"):
+        report(bench=[tmp_path / "moved.json"])
+    with pytest.raises(MxcompileError, match="not a benchmark"):
+        report(bench=[files / "validation.json"])
+    with pytest.raises(MxcompileError, match="nothing to report on"):
+        report()
+
+
+def test_an_interrupted_benchmark_is_shown_as_such(engine, tmp_path):
+    bench = made_bench(engine)
+    bench.finished = False
+    write_json(bench.to_dict(), tmp_path / "b.json")
+    found = report(bench=[tmp_path / "b.json"])
+    assert found["verdict"]["status"] == "inconclusive"
+    assert any("interrupted; go on with" in item["reason"] for item in found["not_run"])
+
+
+def test_the_command(mxcompile, engine, files, tmp_path):
+    inputs = ("--bench", files / "new.json", "--validation", files / "validation.json")
+    outputs = (
+        "-o",
+        tmp_path / "r.html",
+        "--json",
+        tmp_path / "r.json",
+        "--csv",
+        tmp_path / "r.csv",
+        "--markdown",
+        tmp_path / "r.md",
+    )
+    done = mxcompile("report", engine, *inputs, *outputs)
+    assert done.returncode == 0, done.stderr
+    assert "The engine is right" in done.stdout
+    assert all((tmp_path / f"r.{kind}").stat().st_size for kind in ("html", "json", "csv", "md"))
+    gated = mxcompile("report", engine, *inputs, "--fail-on", "ttft_ms>1")
+    assert gated.returncode == 1
+    assert "ttft_ms>1: the worst value is" in gated.stdout
+    refused = mxcompile("report", "--bench", tmp_path / "none.json")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
