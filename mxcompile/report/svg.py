@@ -63,11 +63,11 @@ def chart(
     x values 0, 1, 2, ... Raises ValueError when there is nothing to draw."""
     points = [(s, [(a, b) for a, b in zip(s.x, s.y, strict=True) if _drawable(b, y.log)]) for s in series]
     values = [float(b) for _, pairs in points for _, b in pairs if b is not None and (b > 0 or not y.log)]
-    heights += [end for s in series for ends in s.ranges for end in ends if _drawable(end, y.log)]
     widths = [float(a) for s in series for a in s.x]
     if not values or not widths:
         raise ValueError(f"chart {name} has nothing to draw")
     heights = values + [limit.y for limit in limits]
+    heights += [end for s in series for ends in s.ranges for end in ends if _drawable(end, y.log)]
     bars = any(s.form == "bars" for s in series)
     x_low, x_high = min(widths), max(widths)
     if bars or x_low == x_high:
