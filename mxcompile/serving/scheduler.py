@@ -1,16 +1,15 @@
 """In-flight batching on one session: requests enter free slots between steps, prompts are read in chunks.
 
-What holds whatever else is being served: a request's prompt is read alone in its slot, in the same chunks as
-`engines.generation` reads it, and its draws use its own random stream. Only the decode steps are shared; they round
-as the engine's kernels do for that many rows, which can tip a draw only where two tokens or two experts tie to the
-last bits.
+What holds whatever else is being served: a request's prompt is read in the same chunks as `engines.generation` reads
+it, its row is its own, and its draws use its own random stream. Runs are shared; they round as the engine's kernels
+do for that many rows, which can tip a draw only where two tokens or two experts tie to the last bits.
 
 Rules of a step, in this order:
 1. cancelled requests leave their slots; waiting ones that are too old are refused;
 2. free slots are filled from the queue, first come first served, lowest slot first (idle rows cost least at the end);
 3. every sequence that decodes gets one token, in one run;
-4. prompts are read one chunk at a time, in turn, until `prefill_budget` tokens are spent: a long prompt delays neither
-   the running answers nor a short prompt behind it by more than the budget.
+4. prompts are read one chunk each, in turn, as many as `prefill_budget` tokens allow: a long prompt delays neither the
+   running answers nor a short prompt behind it by more than the budget.
 
 Legend: B slots, T new tokens, N vocabulary.
 """
@@ -265,35 +264,42 @@ class Scheduler:
             self._draw(job, logits_BN[job.slot])
 
     def _read_prompts(self) -> None:
+        """Read chunks of several prompts in one run, up to the budget: reading each alone takes twice as long."""
+        parts: list[tuple[_Job, list[int]]] = []
         spent = 0
-        while self._reading and (spent == 0 or spent < self._budget):
-            job = self._reading.popleft()
-            if self._slots[job.slot] is not job:
-                continue  # cancelled
-            prompt = job.sequence.prompt
-            part = prompt[job.fed : job.fed + self._chunk]
-            last = job.fed + len(part) == len(prompt)
-            logits_N = self._read(job.slot, part, last)
-            spent += len(part)
+        while self._reading:
+            job = self._reading[0]
+            part = job.sequence.prompt[job.fed : job.fed + self._chunk]
+            if parts and spent + len(part) > self._budget:
+                break
+            self._reading.popleft()
+            if self._slots[job.slot] is job:  # not cancelled
+                parts.append((job, part))
+                spent += len(part)
+        if not parts:
+            return
+        self.metrics.prompt_tokens(spent)
+        logits_BN = self._read(parts)
+        for job, part in parts:
             job.fed += len(part)
-            self.metrics.prompt_tokens(len(part))
             if self._cache is not None and job.past == 0 and len(part) == self._chunk:
-                self._cache.store(prompt[: job.fed], self._state, job.slot)
-            if logits_N is None:
-                self._reading.append(job)
+                self._cache.store(job.sequence.prompt[: job.fed], self._state, job.slot)
+            if job.fed == len(job.sequence.prompt):
+                self._draw(job, logits_BN[job.slot])
             else:
-                self._draw(job, logits_N)
+                self._reading.append(job)
 
-    def _read(self, slot: int, part: list[int], last: bool) -> np.ndarray | None:
-        """One chunk of a prompt into its slot; logits [N] after its last token."""
-        slots = len(self._slots)
-        ids_BT, new_B = np.zeros((slots, len(part)), np.int64), np.zeros(slots, np.int64)
-        ids_BT[slot], new_B[slot] = part, len(part)
-        if last:
-            return self._session.forward(ids_BT, new_B, self._state).logits[slot, 0]
+    def _read(self, parts: list[tuple[_Job, list[int]]]) -> np.ndarray:
+        """One chunk for each of some slots; logits [B, N] after its last token where a prompt ends with it."""
+        slots, longest = len(self._slots), max(len(part) for _, part in parts)
+        ids_BT, new_B = np.zeros((slots, longest), np.int64), np.zeros(slots, np.int64)
+        for job, part in parts:
+            ids_BT[job.slot, : len(part)], new_B[job.slot] = part, len(part)
+        if any(job.fed + len(part) == len(job.sequence.prompt) for job, part in parts):
+            return self._session.forward(ids_BT, new_B, self._state).logits[:, 0]
         # No position is asked for: logits cost a product with the whole vocabulary.
-        self._session.forward(ids_BT, new_B, self._state, positions=np.zeros((slots, 0), np.int64))
-        return None
+        none_B0 = np.zeros((slots, 0), np.int64)
+        return self._session.forward(ids_BT, new_B, self._state, positions=none_B0).logits
 
     def _draw(self, job: _Job, logits_N: np.ndarray) -> None:
         try:
