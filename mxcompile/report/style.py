@@ -16,7 +16,7 @@ main{max-width:1360px;margin:0 auto;padding:20px clamp(12px,3vw,40px) 48px}
 h1{font-size:1.5rem;line-height:1.25;margin:0 0 4px}
 h2{font-size:1.2rem;margin:40px 0 8px;padding-bottom:4px;border-bottom:1px solid var(--rule)}
 h3{font-size:1rem;margin:0 0 6px}
-p{margin:6px 0;max-width:75ch}
+p{margin:6px 0;max-width:90ch}
 .soft{color:var(--soft)}
 .verdict{border-radius:8px;border-left:8px solid;padding:14px 18px;margin:18px 0;font-size:1.1rem;overflow-wrap:anywhere}
 .verdict strong{display:block;font-size:1.35rem}
@@ -37,7 +37,7 @@ svg .grid{stroke:var(--rule);stroke-width:.7}
 svg .frame{stroke:var(--soft);fill:none}
 svg .line{fill:none;stroke-width:1.5;stroke-linejoin:round}
 svg .limit{stroke:var(--bad);stroke-dasharray:5 3;stroke-width:1.2}
-svg .limit-name{fill:var(--bad)}
+svg .limit-name{fill:var(--bad);paint-order:stroke;stroke:var(--panel);stroke-width:3px}
 svg .mark{stroke:var(--soft);stroke-dasharray:2 3}
 svg .yes{fill:var(--c3)}svg .no{fill:var(--bad)}
 """
