@@ -24,6 +24,7 @@ from engines.tensorrt.lowering import Attention, lower
 from engines.tensorrt.messages import failure, make_logger
 from engines.tensorrt.network import INLINE_LIMIT, describe_layers, parse
 from engines.tensorrt.profiles import Shapes, add_profiles
+from engines.tensorrt.stream import Write, make_writer
 from engines.tensorrt.timing import TimingCache
 
 DEFAULT_PREFILL_CHUNK = 2048
@@ -99,11 +100,10 @@ def build(
             weights = {}
         else:
             weights = dict(_arrays(model, parking, report))
-        compiled = compile_plan(trt, model, weights, request, report)
+        graph_name = f"rank{request.rank}.engine"
+        with writer.open(graph_name) as file:
+            compiled = compile_plan(trt, model, weights, request, file.write, report)
         del weights
-    graph_name = f"rank{request.rank}.engine"
-    with writer.open(graph_name) as file:
-        file.write(memoryview(compiled.plan))
     writer.write(f"rank{request.rank}.layers.json", json.dumps(compiled.layers))
     own_inputs = [value for value in model.graph.inputs if value.name not in compiled.weight_inputs]
     return EngineConfig(
@@ -134,9 +134,9 @@ def build(
 
 @dataclass(frozen=True)
 class CompiledPlan:
-    """`plan` is TensorRT's host memory with the serialized engine."""
+    """What is known of a plan that was written: its bytes, its layers, which inputs are weights, TensorRT's warnings."""
 
-    plan: Any
+    size: int
     layers: list[dict[str, Any]]
     weight_inputs: frozenset[str]
     warnings: list[str]
@@ -161,9 +161,11 @@ def weights_to_inputs(model: ir.Model, names: Sequence[str]) -> None:
 
 
 def compile_plan(
-    trt: Any, model: ir.Model, weights: dict[str, np.ndarray], request: BuildRequest, report: Progress
+    trt: Any, model: ir.Model, weights: dict[str, np.ndarray], request: BuildRequest, write: Write, report: Progress
 ) -> CompiledPlan:
-    """Compile a lowered graph. `weights`: the arrays of its external initializers; TensorRT reads them where they lie."""
+    """Compile a lowered graph. `weights`: the arrays of its external initializers; TensorRT reads them where they lie. The plan goes
+    through `write`, piece by piece.
+    """
     logger = make_logger(trt, request.verbose)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -174,14 +176,17 @@ def compile_plan(
     parser = parse(trt, network, logger, model, weights)
     add_profiles(builder, config, network, _shapes(request))
     monitor = config.progress_monitor = _monitor(trt, report)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
+    writer = make_writer(trt, write)
+    built = builder.build_serialized_network_to_stream(network, config, writer)
+    if writer.error is not None:
+        raise writer.error
+    if not built or writer.size == 0:
         raise failure("building the engine", logger)
     timings.keep(config)
     bound = {value.name for value in model.graph.inputs if value.name and is_weight(value.name)}
     layers = describe_layers(network, model)
     del parser, monitor
-    return CompiledPlan(plan, layers, frozenset(bound), logger.warnings[:20])
+    return CompiledPlan(writer.size, layers, frozenset(bound), logger.warnings[:20])
 
 
 def is_weight(name: str) -> bool:

@@ -49,9 +49,7 @@ def describe_layers(network: Any, model: ir.Model) -> list[dict[str, Any]]:
                 "type": kind,
                 "plugin": operators.get(layer.name) if kind.startswith("PLUGIN") else None,
                 "outputs": [
-                    {"dtype": _dtype_name(out.dtype), "dims": list(out.shape)}
-                    for out in outputs
-                    if out is not None
+                    {"dtype": _dtype_name(out.dtype), "dims": list(out.shape)} for out in outputs if out is not None
                 ],
             }
         )

@@ -14,6 +14,7 @@ from engines.tensorrt.gpus import GPUS, find_gpu
 from engines.tensorrt.lengths import MAX_MASK_BYTES, attention_for, capacity_for
 from engines.tensorrt.lowering import FillAbsentInputs, MaskAttention, NarrowLightning, PluginAttention, StaticCache
 from engines.tensorrt.profiles import DECODE, PREFILL, Shapes, add_profiles
+from engines.tensorrt.stream import make_writer
 
 
 @pytest.fixture
@@ -151,3 +152,22 @@ def test_every_gpu_has_a_target_and_a_plugin_architecture() -> None:
         assert architecture_for(gpu.capability) is not None
     assert find_gpu(None, "tensorrt").name == "h20"
     assert find_gpu("rtx-5090", "tensorrt-rtx").capability == 120
+
+
+def test_a_disk_that_fails_under_a_plan_is_not_lost() -> None:
+    """TensorRT itself calls such a build successful."""
+
+    class Base:
+        def __init__(self) -> None:
+            """As TensorRT's, which must be called."""
+
+    def full(piece: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    writer = make_writer(SimpleNamespace(IStreamWriter=Base), full)
+    assert writer.write(b"plan") == 0
+    assert isinstance(writer.error, OSError)
+    pieces: list[bytes] = []
+    writer = make_writer(SimpleNamespace(IStreamWriter=Base), pieces.append)
+    assert (writer.write(b"pl"), writer.write(b"an")) == (2, 2)
+    assert (writer.error, writer.size, pieces) == (None, 4, [b"pl", b"an"])

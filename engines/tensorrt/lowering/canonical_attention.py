@@ -10,13 +10,13 @@ import onnx_ir as ir
 
 @dataclass(frozen=True)
 class CachedAttention:
-    """`node` is Attention(q, K, V, nonpad_kv_seqlen=past + new) with is_causal=1; query i of a row sees 0 .. past + i."""
+    """`node` is Attention(q, K, V, nonpad_kv_seqlen=past + T) with is_causal=1, padding counted in; query i of a row sees 0 .. past + i."""
 
     node: ir.Node
     query: ir.Value  # [B, H, T, K]
     key: ir.Value  # [B, G, S, K]
     value: ir.Value  # [B, G, S, K]
-    written: ir.Value  # int64 [B], past + new
+    written: ir.Value  # int64 [B], past + T
 
 
 def cached_attentions(graph: ir.Graph) -> Iterator[CachedAttention]:

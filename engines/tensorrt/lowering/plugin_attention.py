@@ -1,7 +1,7 @@
 """Attention as the plugin SoftmaxAttention, which reads the cache up to each row's length only: for large capacities.
 
 Rules:
-1. `Attention(q, K, V, nonpad_kv_seqlen=past + new)` with is_causal=1 becomes `mxcompile::SoftmaxAttention(q, K, V, past_lengths,
+1. `Attention(q, K, V, nonpad_kv_seqlen=past + T)` with is_causal=1 becomes `mxcompile::SoftmaxAttention(q, K, V, past_lengths,
    new_lengths)`; an attribute `scale` is kept (absent: 1/sqrt(channels of a head), in both).
 2. Rows past the new length come out as zeros instead of what padding would give; nothing reads them.
 3. Attributes that the plugin lacks must have their neutral values (softcap 0, no windows, no fourth output).
