@@ -41,7 +41,7 @@ def _by_layer(report: ValidationReport) -> Figure | None:
     return _figure(
         "by-layer",
         "Error by layer",
-        "Relative error of the residual stream behind each layer, over the tokens of a prompt. A wrong part is a step up; 0 is on the axis.",
+        "Relative error of the residual stream behind each layer, over the tokens of a prompt. A wrong part is a step up; 0 is the axis.",
         lambda name, title, text: chart(
             name,
             title,

@@ -60,6 +60,7 @@ tr.group th{color:var(--ink);padding-top:14px}
 .pair{table-layout:fixed}
 ul{margin:6px 0;padding-left:20px}
 @media (max-width:640px){
+ svg .tick,svg .axis,svg .limit-name{font-size:13px}svg .legend{font-size:12px}
  .stack thead{display:none}
  .stack tr{display:block;padding:8px 0;border-bottom:1px solid var(--rule)}
  .stack tr.group{padding-bottom:0;border:0}
