@@ -248,7 +248,7 @@ def _limits(report: ValidationReport) -> str:
         for name, limit in thresholds["limits"].items()
     )
     text = (
-        f"<p>Limits for {escape(thresholds['dtype'])}; their rule was set before measuring. {how} Limits on logits hold at a scale of "
+        f"<p>Limits for {escape(thresholds['dtype'])}. {how} Limits on logits hold at a scale of "
         f"{number(thresholds['logit_scale'])} and were multiplied by {number(report.logit_scale / thresholds['logit_scale'])}, "
         f"and that on KL by its square.</p>"
     )

@@ -1,6 +1,7 @@
 """How far an engine may be from the PyTorch definition: every limit, per engine dtype, with its reason.
 
-Fixed numbers were set before anything was measured; none is to be widened to make an engine pass.
+The fp32 limits on logits and states are what the project promises and were fixed first; the others follow from them by the reasons given.
+None is to be widened to make an engine pass.
 
 Two ways of judging:
 
@@ -11,7 +12,8 @@ Two ways of judging:
   layers up to the tie's stay under judgement. An error that starts anywhere else counts. A check left with less than half of
   its positions is inconclusive, not passed.
 - Rounded types (bfloat16, float16): so many tokens meet a near-tie that rerouting cannot be set aside, and what one moved token does
-  to the rest depends on the weights; no fixed number is right. The yardstick is the PyTorch definition run in the same type: the
+  to the rest depends on the weights; no fixed number is right (those first estimated from rounding alone were broken by the PyTorch
+  definition itself in bfloat16). The yardstick is the PyTorch definition run in the same type: the
   engine's median error may be twice the yardstick's on a plain prompt, or on the very tokens of the check where that is more; checks
   of fewer than FEW positions, where one moved token decides, get twice the largest. The yardstick never sees the engine.
 """
