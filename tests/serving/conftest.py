@@ -31,15 +31,23 @@ def installation():
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory) -> Path:
-    """An fp32 engine of preset tiny for 8 sequences of 320 tokens; do not write into it."""
-    from mxcompile.building import build
+def checkpoint(tmp_path_factory) -> Path:
+    """A checkpoint of preset tiny; do not write into it."""
     from mxcompile.checkpoints import create_checkpoint
 
-    folder = tmp_path_factory.mktemp("serving")
-    create_checkpoint("tiny", folder / "checkpoint", seed=1)
-    build(folder / "checkpoint", folder / "engine", max_batch_size=8, max_seq_len=320, prefill_chunk=32, threads=2)
-    return folder / "engine"
+    folder = tmp_path_factory.mktemp("serving") / "checkpoint"
+    create_checkpoint("tiny", folder, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def engine(checkpoint, tmp_path_factory) -> Path:
+    """Its fp32 engine for 8 sequences of 320 tokens; do not write into it."""
+    from mxcompile.building import build
+
+    folder = tmp_path_factory.mktemp("serving") / "engine"
+    build(checkpoint, folder, max_batch_size=8, max_seq_len=320, prefill_chunk=32, threads=2)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,7 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from served import listed
+from served import Served, free_ports, listed
+
+from mxcompile.serving.triton.repository import write_repository
+from mxcompile.serving.triton.server import TritonServer
+from mxcompile.serving.worker import Settings
 
 CLIENT = Path(__file__).with_name("grpc_client.py")
 WORDS = "the lightning layers remember what softmax would have to look up again and again".split()
@@ -240,6 +245,11 @@ def test_a_killed_engine_is_reported_and_started_again(server, loaded):
     assert all(status == 400 and message.startswith("unavailable: the engine process") for status, message in errors), (
         errors
     )
+    back_again(server, loaded)
+
+
+def back_again(server, loaded):
+    """Wait until the engine was started again; it must then be right."""
     body = {"text_input": "back again", "max_tokens": 5}
     end = time.monotonic() + 60
     while (answer := server.post("generate", body))[0] != 200:
@@ -286,3 +296,35 @@ def test_a_killed_parent_leaves_no_process(start_server, which):
     server.expected = server.process.returncode
     if which == "tritonserver":
         assert "error: Triton ended by itself" in server.log.read_text()
+
+
+def test_a_killed_rank_is_reported_and_started_again(installation, checkpoint, loaded, tmp_path):
+    """An engine of two ranks: as the engine process itself, from the client's side."""
+    if shutil.which("mpirun", path=str(Path(sys.executable).parent)) is None:
+        pytest.skip("mpirun is not installed here")
+    from mxcompile.building import build
+
+    build(checkpoint, tmp_path / "engine", max_batch_size=4, max_seq_len=320, prefill_chunk=32, threads=2, tp_size=2)
+    write_repository(tmp_path / "engine", tmp_path / "repo", settings=Settings("", threads=2), link=True)
+    http, grpc, metrics = free_ports(3)
+    ports = {"http_port": http, "grpc_port": grpc, "metrics_port": metrics}
+    with (tmp_path / "log").open("w") as log, TritonServer(installation, tmp_path / "repo", log=log, **ports) as triton:
+        triton.wait_ready(120)
+        server = Served(None, None, 0, http, grpc, metrics)
+        bodies = requests(6, seed=3)
+        with ThreadPoolExecutor(6) as pool:
+            for body, found in zip(bodies, pool.map(lambda b: server.generate(b, stream=True), bodies), strict=True):
+                agrees(found, alone(loaded, body))
+        connection, response = server.open(
+            "generate_stream", {"input_ids": [5], "max_tokens": 310, "end_id": -1, "stream": True}
+        )
+        response.readline()
+        family = psutil.Process(triton.pid).children(recursive=True)
+        workers = [process for process in family if "engines.parallel.worker" in process.cmdline()]
+        ranks = [process for process in workers if process.name().startswith("python")]  # not their launcher
+        assert len(ranks) == 2
+        ranks[1].kill()
+        lines = [line for line in response.read().decode().splitlines() if line.startswith("data:")]
+        connection.close()
+        assert json.loads(lines[-1][5:])["error"].startswith("unavailable: ")
+        back_again(server, loaded)
