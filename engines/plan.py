@@ -51,3 +51,19 @@ def plan(new_lengths_B: np.ndarray, past_lengths_B: np.ndarray) -> list[Run]:
 def _fit(lengths: list[int]) -> bool:
     padded = len(lengths) * max(lengths)
     return padded <= MAX_TOKENS and padded - sum(lengths) <= MAX_PADDING * padded
+
+
+def cut_columns(tokens: int, wanted_RT: np.ndarray, most_tokens: int, most_wanted: int) -> list[tuple[int, int]]:
+    """Cut new tokens 0 .. tokens - 1 into pieces (start, end) that a runtime with limits takes one after the other.
+
+    No piece has more than `most_tokens` tokens, or more than `most_wanted` tokens of one row at which logits are wanted
+    (`wanted_RT`, bool). Both limits are at least 1.
+    """
+    pieces, start = [], 0
+    seen_R = np.zeros(len(wanted_RT), np.int64)
+    for column in range(tokens):
+        seen_R += wanted_RT[:, column]
+        if column - start == most_tokens or seen_R.max(initial=0) > most_wanted:
+            pieces.append((start, column))
+            start, seen_R = column, wanted_RT[:, column].astype(np.int64)
+    return [*pieces, (start, tokens)]

@@ -14,14 +14,15 @@ import numpy as np
 from engines.config import EngineConfig
 from engines.errors import EngineError
 from engines.interface import Positions, State, StepResult
-from engines.plan import Run, plan
+from engines.plan import Run, cut_columns, plan
 
 
 class RaggedSession(ABC):
     """`prefill` and `forward` of `engines.interface.Session` over a runtime's own `_step`."""
 
     _config: EngineConfig
-    _max_step_tokens: int | None = None  # new tokens that one run takes; None: any number
+    _max_step_tokens: int | None = None  # new tokens that one step takes; None: any number
+    _max_step_positions = 1  # positions with logits that one step gives, where the tokens are limited
 
     @abstractmethod
     def _own(self, state: State) -> Any:
@@ -98,11 +99,6 @@ class RaggedSession(ABC):
         batch, tokens = ids_BT.shape
         if new_B.min() < 0 or new_B.max() > tokens:
             raise EngineError(f"new lengths {new_B.tolist()} do not lie within 0 and the {tokens} tokens given")
-        if self._max_step_tokens is not None and tokens > self._max_step_tokens:
-            raise EngineError(
-                f"one step of this engine takes at most {self._max_step_tokens} new tokens per row, not {tokens}; "
-                "use prefill, or build with a larger --prefill-chunk"
-            )
         valid_BT = np.arange(tokens) < new_B[:, None]
         self._check_ids(ids_BT[valid_BT])
         self._check_lengths(state, new_B)
@@ -116,6 +112,13 @@ class RaggedSession(ABC):
             columns = run.tokens if isinstance(positions, str) and positions == "all" else positions_BP.shape[1]
             new_R1, asked_RP = new_B[here, None], positions_BP[here, :columns]
             meant_RP = (asked_RP >= 0) & (asked_RP < new_R1)
+            if self._max_step_tokens is not None:
+                if taps:
+                    raise EngineError(
+                        "this engine gives out no inner values; compare layers with an onnxruntime engine"
+                    )
+                logits_BPN[here, :columns] = self._in_pieces(run, ids_BT, new_B, asked_RP, meant_RP, state)
+                continue
             wanted_RP = np.where(meant_RP, asked_RP, 0)
             result = self._step(run, ids_BT, new_B, wanted_RP, state, taps)
             logits_BPN[here, :columns][meant_RP] = result.logits[meant_RP]
@@ -124,6 +127,28 @@ class RaggedSession(ABC):
                 valid_RT = valid_BT[here, : run.tokens]
                 out[here, : run.tokens][valid_RT] = tap_RT[valid_RT]
         return StepResult(logits_BPN, outputs)
+
+    def _in_pieces(
+        self, run: Run, ids_BT: np.ndarray, new_B: np.ndarray, asked_RP: np.ndarray, meant_RP: np.ndarray, state: Any
+    ) -> np.ndarray:
+        """A run in pieces that keep the runtime's limits; logits [R, P, N], 0 where none are meant."""
+        assert self._max_step_tokens is not None
+        logits_RPN = np.zeros((*asked_RP.shape, self.vocab_size), np.float32)
+        wanted_RT = np.zeros((run.end - run.first, run.tokens), bool)
+        for row, (asked_P, meant_P) in enumerate(zip(asked_RP, meant_RP, strict=True)):
+            wanted_RT[row, asked_P[meant_P]] = True
+        for start, end in cut_columns(run.tokens, wanted_RT, self._max_step_tokens, self._max_step_positions):
+            columns = [np.flatnonzero(wanted_T[start:end]) for wanted_T in wanted_RT]
+            asked_Rp = np.zeros((len(columns), max(map(len, columns))), np.int64)
+            for row, found in enumerate(columns):
+                asked_Rp[row, : len(found)] = found
+            piece = Run(run.first, run.end, end - start)
+            new_piece_B = np.clip(new_B - start, 0, end - start)
+            found_RpN = self._step(piece, ids_BT[:, start:end], new_piece_B, asked_Rp, state).logits
+            for row, found in enumerate(columns):
+                for column, position in enumerate(found):
+                    logits_RPN[row, meant_RP[row] & (asked_RP[row] == start + position)] = found_RpN[row, column]
+        return logits_RPN
 
     def _check_ids(self, ids: np.ndarray) -> None:
         if not np.issubdtype(ids.dtype, np.integer) and ids.size:

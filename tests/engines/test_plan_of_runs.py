@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.plan import MAX_PADDING, MAX_TOKENS, Run, plan
+from engines.plan import MAX_PADDING, MAX_TOKENS, Run, cut_columns, plan
 
 rows = st.lists(st.tuples(st.integers(0, 600), st.sampled_from([0, 0, 1, 50])), min_size=1, max_size=12)
 
@@ -43,3 +43,17 @@ def test_single_tokens_are_one_run(new: list[int], past: int) -> None:
 def test_equal_prompts_run_together() -> None:
     assert plan(np.array([100] * 4), np.zeros(4, int)) == [Run(0, 4, 100)]
     assert plan(np.array([100] * 4), np.array([0, 0, 5, 0])) == [Run(0, 2, 100), Run(2, 3, 100), Run(3, 4, 100)]
+
+
+@given(st.data(), st.integers(1, 40), st.integers(1, 12), st.integers(1, 5))
+def test_cut_columns_covers_every_token_once_within_the_limits(
+    data: st.DataObject, tokens: int, most_tokens: int, most_wanted: int
+) -> None:
+    rows = data.draw(st.integers(1, 3))
+    flat = data.draw(st.lists(st.booleans(), min_size=rows * tokens, max_size=rows * tokens))
+    wanted_RT = np.array(flat).reshape(rows, tokens)
+    pieces = cut_columns(tokens, wanted_RT, most_tokens, most_wanted)
+    assert [column for start, end in pieces for column in range(start, end)] == list(range(tokens))
+    for start, end in pieces:
+        assert 1 <= end - start <= most_tokens
+        assert wanted_RT[:, start:end].sum(axis=1).max() <= most_wanted

@@ -143,8 +143,6 @@ def test_what_passes_a_limit_is_refused_and_changes_nothing(made: Made) -> None:
         session.decode([1], state)
     with pytest.raises(EngineError, match="max_batch_size 3"):
         session.new_state(4)
-    with pytest.raises(EngineError, match="at most 8 new tokens per row, not 9"):
-        session.forward(np.zeros((1, 9), np.int64), [9], session.new_state(1))
     with pytest.raises(EngineError, match="token id 64"):
         session.decode([64], state)
     with pytest.raises(EngineError, match="made by another session"):
@@ -154,10 +152,20 @@ def test_what_passes_a_limit_is_refused_and_changes_nothing(made: Made) -> None:
     assert state.lengths.tolist() == [MAX_SEQ_LEN]
 
 
-def test_an_engine_of_few_positions_says_so() -> None:
-    session = Made(max_positions=1).session
-    with pytest.raises(EngineError, match="at most 1 positions per step, not 4"):
-        session.forward(np.zeros((1, 4), np.int64), [4], session.new_state(1), positions="all")
+@pytest.mark.parametrize("max_positions", [1, 3, CHUNK])
+def test_a_long_step_is_cut_to_the_engines_limits(max_positions: int, reference: PyTorchSession) -> None:
+    session = Made(max_positions).session
+    ids = np.random.default_rng(0).integers(0, 64, (3, 19))
+    new = np.array([19, 0, 12])
+    for positions in ("all", "last", np.array([[0, 17, 17, 18], [0, 0, 0, 0], [11, 4, 3, 15]])):
+        ours, theirs = session.new_state(3), reference.new_state(3)
+        found = session.forward(ids, new, ours, positions=positions).logits
+        wanted = reference.forward(ids, new, theirs, positions=positions).logits
+        assert np.abs(found - wanted).max() < LIMIT
+        state = theirs.recurrent(6)
+        assert np.abs(ours.recurrent(6) - state).max() < LIMIT / 4 * max(
+            4, np.abs(state).max()
+        )  # LIMIT is for values of 4
 
 
 def test_an_idle_row_at_the_limit_may_stay_in_the_batch(made: Made, reference: PyTorchSession) -> None:
