@@ -113,11 +113,10 @@ def serve_alone(engine: Path, threads: int) -> None:
     from mxcompile.serving.scheduler import Scheduler
 
     loaded = load(engine, threads=threads)
+    detokenizer = loaded.tokenizer.detokenizer if loaded.tokenizer is not None else None
+    scheduler = Scheduler(loaded.session, detokenizer=detokenizer)
     for line in sys.stdin:
         asked = json.loads(line)
-        scheduler = Scheduler(
-            loaded.session, detokenizer=loaded.tokenizer.detokenizer if loaded.tokenizer is not None else None
-        )
         config = GenerationConfig(max_new_tokens=asked["tokens"])
         waiting, running, done = list(asked["prompts"]), 0, 0
 
@@ -243,9 +242,11 @@ def main() -> None:
     arguments.triton_venv = arguments.triton_venv or default_folder()
     config = read_config(arguments.engine)
     parameters = sum(record.size for record in config.files.values())
+    load_before = os.getloadavg()[0]  # work of others on this machine
     values = {
         "date": date.today().isoformat(),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+        | {"load_before": load_before},
         "engine": {"target": config.target, "dtype": config.dtype, "layers": config.num_layers, "bytes": parameters},
         "settings": {
             name: getattr(arguments, name) for name in ("prompt_tokens", "output_tokens", "rounds", "threads")
