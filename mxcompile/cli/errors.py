@@ -28,6 +28,7 @@ _EXTRAS = {
     "uvicorn": "serve",
     "transformers": "transformers",
     "tensorrt_rtx": "tensorrt-rtx",
+    "cuda": "tensorrt-rtx",
 }
 
 
