@@ -251,7 +251,8 @@ class _Runner:
     def _run_cell(self, length: int, batch: int) -> None:
         """All contestants that can, taking turns; one that fails twice is noted and the others go on."""
         options, report = self._options, self.report
-        names = [name for name in options.backends if report.cell(name, length, batch) is None]
+        left_out = {item.name for item in report.contestants if item.left_out}  # said once, not at every cell
+        names = [n for n in options.backends if n not in left_out and report.cell(n, length, batch) is None]
         reasons = {name: self._reason_against(name, length, batch) for name in names}
         if reasons.get("engine") and len(names) > 1:
             reasons |= {
@@ -282,9 +283,7 @@ class _Runner:
 
     def _reason_against(self, name: str, length: int, batch: int) -> str:
         """Why a contestant cannot run a cell, or nothing."""
-        process = self._processes.get(name)
-        if process is None:
-            return next((c.left_out for c in self.report.contestants if c.name == name), "") or "it is not loaded"
+        process = self._processes[name]
         tokens, longest, rows = (
             length + self._options.new_tokens,
             process.ready["max_seq_len"],

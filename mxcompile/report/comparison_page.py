@@ -163,7 +163,8 @@ def _prediction(values: Values) -> str:
         return ""
     text = (
         "<p>Least times by the plan: the bytes or the arithmetic of a step, whichever takes longer at what this machine itself "
-        f"reached in the same run ({escape('; '.join(rates))}).</p>"
+        f"reached in the same run ({escape('; '.join(rates))}). Above 100 %: the weights stayed in the processor's caches, or the "
+        "machine was busier while its rates were measured.</p>"
     )
     return _table(values, "Prediction and measurement", text, _PREDICTION)
 
@@ -257,7 +258,7 @@ def _accuracy(values: Values) -> str:
     return "".join(out)
 
 
-_ELSEWHERE = ("_head", "_environment")  # sections of the validation page that this page has itself
+_ELSEWHERE = ("_head", "_verdict", "_environment")  # sections of the validation page that this page has itself
 
 
 def _not_run(values: Values) -> str:

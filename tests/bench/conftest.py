@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from bench_models import two_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,12 +21,6 @@ def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bench") / "checkpoint"
     create_checkpoint(two_layers(), folder, seed=5)
     return folder
-
-
-def two_layers():
-    from model_defs.presets import preset
-
-    return dataclasses.replace(preset("tiny"), layer_kinds=("lightning", "softmax"), slope_layers=2)
 
 
 @pytest.fixture(scope="session")

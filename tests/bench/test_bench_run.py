@@ -171,7 +171,6 @@ def test_the_command(mxcompile, engine, tmp_path):
     assert read_json(tmp_path / "b.json").finished
     for arguments, text in (
         (("--prompt-lengths", "8,x"), "not a number of tokens"),
-        (("--batch-sizes", "0"), "must be at least 1"),
         (("--resume",), "name it with --json FILE"),
         (("--needle", "--haystack", tmp_path / "none.txt"), "none.txt"),
     ):

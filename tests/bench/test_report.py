@@ -79,7 +79,7 @@ def files(engine, checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     write_json(made_bench(engine).to_dict(), folder / "new.json")
     write_json(made_bench(engine, factor=2.0).to_dict(), folder / "old.json")
-    found = validate(engine, checkpoint, ValidationOptions(quick=True, threads=2))
+    found = validate(engine, checkpoint, ValidationOptions(quick=True, lengths=(20,), threads=2))
     write_json(found.to_dict(), folder / "validation.json")
     return folder
 
@@ -175,7 +175,7 @@ def test_a_wrong_engine_is_named_by_layer_and_kind(checkpoint, engine):
     session = PyTorchSession.load(checkpoint, threads=2)
     weight = session.model.layers[1].block_sparse_moe.fc2.weight
     weight.data[[0, 1]] = weight.data[[1, 0]].clone()
-    found = validate(session, checkpoint, ValidationOptions(quick=True, threads=2))
+    found = validate(session, checkpoint, ValidationOptions(quick=True, lengths=(20,), threads=2))
     values = compare(validations=[("swapped", found)], benches=[("b", made_bench(engine))])
     assert values["verdict"]["status"] == "failed"
     text = page(values)
