@@ -67,8 +67,10 @@ def start_server(installation, engine, tmp_path_factory):
         openai, http, grpc, metrics = free_ports(4)
         ports = ("--openai-port", openai, "--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics)
         command = [sys.executable, "-m", "mxcompile", "serve", engine, *ports, "--threads", 1, "--drain", 10, *options]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "MXCOMPILE_TRITON_VENV": str(triton_venv())}
         log = tmp_path_factory.mktemp("log") / "server.log"
+        # A server that a test kills leaves its temporary folder.
+        own = {"PYTHONPATH": str(ROOT), "MXCOMPILE_TRITON_VENV": str(triton_venv()), "TMPDIR": str(log.parent)}
+        environment = os.environ | own
         with log.open("w") as out:
             process = subprocess.Popen([str(part) for part in command], stdout=out, stderr=out, env=environment)
         server = Served(process, log, openai, http, grpc, metrics)
