@@ -4,16 +4,22 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 STAMP := $(VENV)/.installed
+# The server's Python backend needs an older numpy than the engine, so it has an environment of its own.
+TRITON_VENV ?= .venv-triton
+TRITON_REQUIREMENTS := mxcompile/serving/triton/requirements.txt
+export MXCOMPILE_TRITON_VENV := $(abspath $(TRITON_VENV))
 
 .PHONY: setup demo test lint format gpu-test gpu-bench clean
 
 setup: $(STAMP)
 
 # constraints.txt pins every package, so that two machines get the same environment.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(TRITON_REQUIREMENTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mxcompile needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,dev,mpi,plugins,tensorrt-rtx,transformers]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,dev,mpi,plugins,serve,tensorrt-rtx,transformers]'
+	$(PYTHON) -m venv $(TRITON_VENV)
+	$(TRITON_VENV)/bin/python -m pip install --quiet --requirement $(TRITON_REQUIREMENTS)
 	touch $@
 
 demo: setup
@@ -45,4 +51,4 @@ gpu-bench:
 	$(PYTHON) benchmarks/gpu/run.py bench
 
 clean:
-	rm -rf $(VENV) $(DEMO) build
+	rm -rf $(VENV) $(TRITON_VENV) $(DEMO) build

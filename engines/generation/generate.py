@@ -61,12 +61,12 @@ class Generation:
             )
         vocab_size = session.vocab_size
         for row, prompt in enumerate(self._prompts):
-            _check_prompt(row, prompt, int(past_B[row]), session.max_seq_len, vocab_size)
+            check_prompt(row, prompt, int(past_B[row]), session.max_seq_len, vocab_size)
             if configs[row].stop_strings and detokenizer is None:
                 raise GenerationError("stop strings need a tokenizer; use stop token ids with this engine")
         self._state = session.new_state(len(self._prompts)) if state is None else state
         self._rows = [
-            _Row(row, prompt, configs[row], vocab_size, detokenizer() if detokenizer else None)
+            Row(row, prompt, configs[row], vocab_size, detokenizer() if detokenizer else None)
             for row, prompt in enumerate(self._prompts)
         ]
         for sequence, past in zip(self._rows, past_B, strict=True):
@@ -99,7 +99,7 @@ class Generation:
                 return
             logits_BN = self._decode(active)
 
-    def _decode(self, active: list[_Row]) -> NDArray[np.floating]:
+    def _decode(self, active: list[Row]) -> NDArray[np.floating]:
         ids_B1 = np.zeros((len(self._rows), 1), dtype=np.int64)
         new_lengths_B = np.zeros(len(self._rows), dtype=np.int64)
         for row in active:
@@ -134,7 +134,7 @@ def generate(
     return generation.results()
 
 
-class _Row:
+class Row:
     """One sequence while it is being generated."""
 
     def __init__(
@@ -223,7 +223,7 @@ def _check_batch(session: Session, count: int) -> None:
         )
 
 
-def _check_prompt(row: int, prompt: list[int], past: int, capacity: int, vocab_size: int) -> None:
+def check_prompt(row: int, prompt: list[int], past: int, capacity: int, vocab_size: int) -> None:
     if not prompt:
         raise GenerationError(f"prompt {row} is empty: it needs at least one token")
     if past + len(prompt) > capacity:

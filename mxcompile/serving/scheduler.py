@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines.generation import GenerationError
-from engines.generation.generate import Detokenizer, _check_prompt, _Row
+from engines.generation.generate import Detokenizer, Row, check_prompt
 from engines.interface import RowSnapshot, Session
 from mxcompile.serving.cache import SessionStore, StateCache
 from mxcompile.serving.metrics import Metrics
@@ -44,14 +44,14 @@ class _Job:
     request: Request
     arrived: float
     slot: int = -1
-    row: _Row | None = None
+    row: Row | None = None
     fed: int = 0
     past: int = 0  # tokens of the session before this request
     cached: int = 0
     last_token: float = 0.0
 
     @property
-    def sequence(self) -> _Row:
+    def sequence(self) -> Row:
         assert self.row is not None
         return self.row
 
@@ -183,7 +183,7 @@ class Scheduler:
                     )
                 past, prompt = held.length, [*held.unfed, *request.prompt]
         try:
-            _check_prompt(0, prompt, past, self._session.max_seq_len, self._session.vocab_size)
+            check_prompt(0, prompt, past, self._session.max_seq_len, self._session.vocab_size)
         except GenerationError as error:
             raise RequestError(str(error).replace("prompt 0", "the prompt")) from error
         if request.config.stop_strings and self._detokenizer is None:
@@ -244,7 +244,7 @@ class Scheduler:
         if found is not None:
             self._state.write_row(job.slot, found)
         make = self._detokenizer
-        job.row = _Row(job.slot, prompt, request.config, self._session.vocab_size, make() if make else None)
+        job.row = Row(job.slot, prompt, request.config, self._session.vocab_size, make() if make else None)
         # The last token that is drawn need not be fed, so one more fits than the engine has room for.
         job.row.limit = min(request.config.max_new_tokens, self._session.max_seq_len - job.past - len(prompt) + 1)
         self._reading.append(job)
