@@ -28,7 +28,8 @@ class GenerationConfig:
     `temperature` 0 takes the most likely token; above 0, tokens are drawn from softmax(logits / temperature) after
     `top_k` (0: off) and then `top_p` (1: off) have cut it. `repetition_penalty` above 1 lowers every token of the
     prompt and of the output so far (Keskar et al. 2019, section 4.1). The same `seed` gives a prompt the same tokens
-    in any run; in a batch, up to the last bit of the logits, which may tip a draw that is a near tie. `logprobs`: None reports none, n >= 0 reports the chosen token and the n most likely ones.
+    in any run; in a batch, up to the last bits of the logits, which may tip a draw that is a near tie. `logprobs`: None
+    reports none, n >= 0 reports the chosen token and the n most likely ones.
     """
 
     max_new_tokens: int = 128
