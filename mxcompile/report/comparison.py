@@ -167,6 +167,7 @@ def _machine(name: str, bench: BenchReport) -> dict[str, Any]:
         "created": bench.created,
         "finished": bench.finished,
         "interruptions": bench.interruptions,
+        "busy": _busy(bench),
         "engine": {
             key: engine.get(key) for key in ("path", "digest", "target", "dtype", "layers", "ranks", "max_seq_len")
         },
@@ -214,14 +215,20 @@ def _notes(bench: BenchReport) -> list[str]:
         notes.append(
             f"execution error of {item.contestant} at {item.prompt_length} x {item.batch_size}: {item.error} ({how})"
         )
-    load, cores = bench.environment.get("load_average_before"), bench.environment.get("cores")
-    if load and cores and load[0] > BUSY * cores:
+    if _busy(bench):
+        load, cores = bench.environment["load_average_before"][0], bench.environment["cores"]
         notes.append(
-            f"the machine was busy when the run began (load {load[0]:.1f} on {cores} CPUs), so its times are uncertain"
+            f"the machine was busy when the run began (load {load:.1f} on {cores} CPUs), so its times are uncertain"
         )
     if bench.interruptions:
         notes.append(f"the run was interrupted {bench.interruptions} times and gone on with")
     return notes
+
+
+def _busy(bench: BenchReport) -> bool:
+    """Whether others used the machine when the run began."""
+    load, cores = bench.environment.get("load_average_before"), bench.environment.get("cores")
+    return bool(load and cores and load[0] > BUSY * cores)
 
 
 def _not_run(
@@ -303,6 +310,8 @@ def _speed_sentences(values: dict[str, Any]) -> list[str]:
                     f"{prefix} engine is {_about(prefill)} times as fast as {who} to the first token and {_about(decode)} times between "
                     "tokens (geometric means over what was measured)."
                 )
+    if any(machine["busy"] for machine in values["machines"]):
+        out.append("The machine was busy when this was measured, so the times are uncertain.")
     if not values["rows"]:
         out.append("How fast it is was not measured here.")
     elif not names:

@@ -234,10 +234,12 @@ def test_files_that_do_not_belong_together_are_refused(engine, checkpoint, files
 def test_an_interrupted_benchmark_is_shown_as_such(engine, tmp_path):
     bench = made_bench(engine)
     bench.finished = False
+    bench.environment["load_average_before"] = [5.0, 5.0, 5.0]
     write_json(bench.to_dict(), tmp_path / "b.json")
     found = report(bench=[tmp_path / "b.json"])
     assert found["verdict"]["status"] == "inconclusive"
     assert any("interrupted; go on with" in item["reason"] for item in found["not_run"])
+    assert any("machine was busy" in text for text in found["verdict"]["sentences"])
 
 
 def test_the_command(mxcompile, engine, files, tmp_path):
