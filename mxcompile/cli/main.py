@@ -23,8 +23,9 @@ VERBS = {
     "serve": "Serve an engine with Triton Inference Server and an OpenAI-compatible API.",
     "triton": "Write a Triton model repository of an engine.",
     "validate": "Compare an engine with the PyTorch definition of its checkpoint.",
-    "bench": "Measure an engine beside PyTorch and transformers: times, memory, long-context agreement.",
-    "report": "One page: is an engine right, how fast is it beside the others, what does it cost.",
+    "bench": "Measure an engine: time to first token, time between tokens, memory, and how near it comes to what this "
+    "machine can do.",
+    "report": "Say on one page whether an engine is right, how fast it is beside the others, and what it costs.",
     "inspect": "Describe an engine directory, a checkpoint or an ONNX file.",
     "export": "Write the canonical ONNX graph of a checkpoint or a preset.",
     "checkpoint": "Create or verify a checkpoint.",
