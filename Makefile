@@ -23,10 +23,15 @@ $(STAMP): pyproject.toml constraints.txt $(TRITON_REQUIREMENTS)
 	touch $@
 
 demo: setup
-	$(BIN)/mxcompile checkpoint create --preset small --seed 0 --output $(DEMO)/checkpoint --force
-	$(BIN)/mxcompile build $(DEMO)/checkpoint --output $(DEMO)/engine --max-seq-len 4096 --force
-	$(BIN)/mxcompile validate $(DEMO)/engine --against $(DEMO)/checkpoint --html $(DEMO)/report.html
+	rm -rf $(DEMO)
+	$(BIN)/mxcompile checkpoint create --preset small --seed 0 -o $(DEMO)/checkpoint
+	$(BIN)/mxcompile build $(DEMO)/checkpoint -o $(DEMO)/engine --max-seq-len 4096
+	$(BIN)/mxcompile validate $(DEMO)/engine --against $(DEMO)/checkpoint --json $(DEMO)/validation.json
 	$(BIN)/mxcompile run $(DEMO)/engine --prompt "The lightning layers remember" --max-new-tokens 64
+	$(BIN)/mxcompile bench $(DEMO)/engine --backend engine --backend pytorch --backend transformers \
+		--prompt-lengths 128,1k --batch-sizes 1 --new-tokens 32 --repeats 3 --json $(DEMO)/bench.json
+	$(BIN)/mxcompile report $(DEMO)/engine --against $(DEMO)/checkpoint --validation $(DEMO)/validation.json \
+		--bench $(DEMO)/bench.json -o $(DEMO)/report.html
 	@echo "Report: $(abspath $(DEMO))/report.html"
 
 test: setup lint

@@ -21,7 +21,7 @@ VERBS = {
     "build": "Compile a checkpoint into an engine directory.",
     "run": "Generate with a built engine.",
     "serve": "Serve an engine with Triton Inference Server and an OpenAI-compatible API.",
-    "triton": "Write a Triton model repository of an engine.",
+    "triton": "Write a model repository for a Triton Inference Server that runs elsewhere.",
     "validate": "Compare an engine with the PyTorch definition of its checkpoint.",
     "bench": "Measure an engine: time to first token, time between tokens, memory, and how near it comes to what this "
     "machine can do.",
