@@ -179,6 +179,7 @@ def test_a_failed_rebuild_keeps_the_engine_that_was_there(tiny_checkpoint, tiny_
     assert [path.name for path in tmp_path.iterdir()] == ["e"]
 
 
+@pytest.mark.machine
 def test_a_file_system_without_room(tiny_checkpoint, tmp_path):
     """A real one of 6 MB, where namespaces may be made."""
     room = tmp_path / "room"
