@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from served import Served, free_ports
-
-ROOT = Path(__file__).resolve().parents[2]
+from served import ROOT, Served, launch
 
 
 def triton_venv() -> Path:
@@ -64,23 +59,8 @@ def start_server(installation, engine, tmp_path_factory):
     running: list[Served] = []
 
     def start(*options: object) -> Served:
-        openai, http, grpc, metrics = free_ports(4)
-        ports = ("--openai-port", openai, "--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics)
-        command = [sys.executable, "-m", "mxcompile", "serve", engine, *ports, "--threads", 1, "--drain", 10, *options]
-        log = tmp_path_factory.mktemp("log") / "server.log"
-        # A server that a test kills leaves its temporary folder.
-        own = {"PYTHONPATH": str(ROOT), "MXCOMPILE_TRITON_VENV": str(triton_venv()), "TMPDIR": str(log.parent)}
-        environment = os.environ | own
-        with log.open("w") as out:
-            process = subprocess.Popen([str(part) for part in command], stdout=out, stderr=out, env=environment)
-        server = Served(process, log, openai, http, grpc, metrics)
-        running.append(server)
-        end = time.monotonic() + 120
-        while "metrics     http" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.05)
-        return server
+        running.append(launch(engine, tmp_path_factory.mktemp("log") / "server.log", triton_venv(), *options))
+        return running[-1]
 
     yield start
     assert [server.stop() for server in running] == [server.expected for server in running]

@@ -1,7 +1,8 @@
-"""gRPC clients, run with the Python that has `tritonclient`: grpc_client.py PORT < requests.json > results.json
+"""gRPC clients, run with the Python that has `tritonclient`: grpc_client.py PORT < requests > results
 
-All requests run at once, each over its own stream. A request is {"inputs": {...}, "leave_after": responses or null};
-its result {"responses": [{...}], "error": text or null}.
+One JSON object per line, in and out. A request is {"id", "inputs": {...}, "types": {...}, "leave_after": responses or null} and starts
+when its line is read, over a connection of its own; `types` replaces a tensor's type. Its result, when it ends, is {"id",
+"responses": [{...}], "error": text or null}. Ends when no more requests come and all have ended.
 """
 
 import json
@@ -13,40 +14,42 @@ import numpy as np
 import tritonclient.grpc as triton
 
 TYPES = {
-    "text_input": ("BYTES", np.object_),
-    "stop_words": ("BYTES", np.object_),
-    "session_id": ("BYTES", np.object_),
-    "input_ids": ("INT32", np.int32),
-    "max_tokens": ("INT32", np.int32),
-    "top_k": ("INT32", np.int32),
-    "end_id": ("INT32", np.int32),
-    "temperature": ("FP32", np.float32),
-    "top_p": ("FP32", np.float32),
-    "repetition_penalty": ("FP32", np.float32),
-    "seed": ("UINT64", np.uint64),
-    "stream": ("BOOL", np.bool_),
-    "session_start": ("BOOL", np.bool_),
-    "return_log_probs": ("BOOL", np.bool_),
+    "text_input": "BYTES",
+    "stop_words": "BYTES",
+    "session_id": "BYTES",
+    "input_ids": "INT32",
+    "max_tokens": "INT32",
+    "top_k": "INT32",
+    "end_id": "INT32",
+    "temperature": "FP32",
+    "top_p": "FP32",
+    "repetition_penalty": "FP32",
+    "seed": "UINT64",
+    "stream": "BOOL",
+    "session_start": "BOOL",
+    "return_log_probs": "BOOL",
 }
+ARRAYS = {"BYTES": np.object_, "INT32": np.int32, "FP32": np.float32, "UINT64": np.uint64, "BOOL": np.bool_}
+LIMIT_S = 120
+writing = threading.Lock()
 
 
-def ask(port, request, results, index):
-    responses, error, answers = [], None, queue.Queue()
+def ask(port, request):
+    responses, answers = [], queue.Queue()
     inputs = []
     for name, value in request["inputs"].items():
         values = value if isinstance(value, list) else [value]
-        kind, dtype = TYPES[name]
-        array = np.array([v.encode() if isinstance(v, str) else v for v in values], dtype)
+        kind = request.get("types", {}).get(name) or TYPES.get(name, "INT32")
+        array = np.array([v.encode() if isinstance(v, str) else v for v in values], ARRAYS[kind])
         inputs.append(triton.InferInput(name, list(array.shape), kind))
         inputs[-1].set_data_from_numpy(array)
     with triton.InferenceServerClient(f"127.0.0.1:{port}") as client:
         client.start_stream(callback=lambda result, error: answers.put((result, error)))
         client.async_stream_infer("mxcompile", inputs, enable_empty_final_response=True)
         while len(responses) != request.get("leave_after"):
-            result, problem = answers.get(timeout=120)
+            result, problem = answers.get(timeout=LIMIT_S)
             if problem is not None:
-                error = problem.message()
-                break
+                return {"responses": responses, "error": problem.message()}
             response = result.get_response()
             values = {out.name: result.as_numpy(out.name) for out in response.outputs}
             if values:
@@ -56,14 +59,22 @@ def ask(port, request, results, index):
             if response.parameters["triton_final_response"].bool_param:
                 break
         client.stop_stream(cancel_requests=True)
-    results[index] = {"responses": responses, "error": error}
+    return {"responses": responses, "error": None}
 
 
-requests = json.load(sys.stdin)
-results = [None] * len(requests)
-threads = [threading.Thread(target=ask, args=(sys.argv[1], r, results, i)) for i, r in enumerate(requests)]
-for thread in threads:
-    thread.start()
+def serve(port, request):
+    try:
+        result = ask(port, request)
+    except queue.Empty:
+        result = {"responses": [], "error": f"no answer within {LIMIT_S} s"}
+    with writing:
+        print(json.dumps({"id": request["id"], **result}), flush=True)
+
+
+threads = []
+for line in sys.stdin:
+    threads.append(threading.Thread(target=serve, args=(sys.argv[1], json.loads(line))))
+    threads[-1].start()
+    threads = [thread for thread in threads if thread.is_alive()]
 for thread in threads:
     thread.join()
-json.dump(results, sys.stdout)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+ROOT = Path(__file__).resolve().parents[2]
 PATH = "/v2/models/mxcompile"
 LIMIT_S = 120
 
@@ -93,6 +96,24 @@ class Served:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(LIMIT_S)
+
+
+def launch(engine: Path, log: Path, venv: Path, *options: object) -> Served:
+    """`mxcompile serve` on free ports, once it serves. `log`: its output, in a folder that takes what a killed server leaves."""
+    openai, http_port, grpc, metrics = free_ports(4)
+    ports = ("--openai-port", openai, "--http-port", http_port, "--grpc-port", grpc, "--metrics-port", metrics)
+    command = [sys.executable, "-m", "mxcompile", "serve", engine, *ports, "--threads", 1, "--drain", 10, *options]
+    own = {"PYTHONPATH": str(ROOT), "MXCOMPILE_TRITON_VENV": str(venv), "TMPDIR": str(log.parent)}
+    with log.open("w") as out:
+        process = subprocess.Popen([str(part) for part in command], stdout=out, stderr=out, env=os.environ | own)
+    server = Served(process, log, openai, http_port, grpc, metrics)
+    end = time.monotonic() + LIMIT_S
+    while "metrics     http" not in log.read_text():
+        if process.poll() is not None or time.monotonic() > end:
+            server.stop()
+            raise AssertionError(log.read_text())
+        time.sleep(0.05)
+    return server
 
 
 def listed(value: int | list[int]) -> list[int]:

@@ -78,14 +78,14 @@ def test_http_equals_single_runs(server, loaded, clients):
 def over_grpc(server, installation, asked):
     done = subprocess.run(
         [installation.python, CLIENT, str(server.grpc)],
-        input=json.dumps(asked),
+        input="".join(json.dumps({"id": index, **one}) + "\n" for index, one in enumerate(asked)),
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return sorted(map(json.loads, done.stdout.splitlines()), key=lambda one: one["id"])
 
 
 @pytest.mark.parametrize("clients", [1, 8, 32])
