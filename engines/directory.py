@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -212,8 +212,11 @@ class EngineDirWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def commit(self, config: EngineConfig) -> EngineConfig:
-        """Write `config.json` with the digests of all files and put the directory in place."""
+    def commit(self, config: EngineConfig, check: Callable[[Path], None] | None = None) -> EngineConfig:
+        """Write `config.json` with the digests of all files and put the directory in place.
+
+        `check` is called with the finished directory before it takes its place: when it raises, whatever stood there stays.
+        """
         assert self.path is not None
         with os_errors(f"writing {self.target}"):
             for name, record in self._files.items():
@@ -226,6 +229,9 @@ class EngineDirWriter:
                 out.write(config.to_json())
                 out.flush()
                 os.fsync(out.fileno())
+        if check is not None:
+            check(self.path)
+        with os_errors(f"writing {self.target}"):
             self._refuse_existing()
             old = None
             if os.path.lexists(self.target):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,9 +162,12 @@ def build(
             for file in opened.tokenizer_files:
                 writer.add(file.name, file)
             engine = dataclasses.replace(engine, options=engine.options | {"layers": layers, "target": target})
-            engine = writer.commit(engine)
-    with clock.stage("verify"):
-        _verify(Path(output), threads)
+
+        def verified(folder: Path) -> None:
+            with clock.stage("verify"):
+                _verify(folder, threads)
+
+        engine = writer.commit(engine, check=verified)
     return BuildSummary(
         output=str(output),
         target=target,
@@ -182,25 +184,21 @@ def build(
 
 
 def _verify(engine_dir: Path, threads: int | None) -> None:
-    """Open the finished engine as a user would and run it; take it away again when it cannot be used."""
+    """Open the finished engine as a user would and run it."""
     import numpy as np
 
     from engines import load
 
-    try:
-        session = load(engine_dir, threads=threads)
-        state = session.new_state(1)
-        session.prefill([[0]], state)
-        logits_BN = session.decode([session.vocab_size - 1], state)
-        if not np.isfinite(logits_BN).all():
-            raise EngineError(
-                "the built engine computes logits that are not finite; verify the checkpoint (mxcompile checkpoint verify)"
-                " or build with --dtype float32",
-                exit_code=DISAGREEMENT,
-            )
-    except BaseException:
-        shutil.rmtree(engine_dir, ignore_errors=True)
-        raise
+    session = load(engine_dir, threads=threads)
+    state = session.new_state(1)
+    session.prefill([[0]], state)
+    logits_BN = session.decode([session.vocab_size - 1], state)
+    if not np.isfinite(logits_BN).all():
+        raise EngineError(
+            "the built engine computes logits that are not finite; verify the checkpoint (mxcompile checkpoint verify)"
+            " or build with --dtype float32",
+            exit_code=DISAGREEMENT,
+        )
 
 
 def _sharding_plan(config: ModelConfig, tp_size: int, moe_tp_size: int | None, moe_ep_size: int | None) -> ShardingPlan:

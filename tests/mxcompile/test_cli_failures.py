@@ -179,6 +179,25 @@ def test_a_failed_rebuild_keeps_the_engine_that_was_there(tiny_checkpoint, tiny_
     assert [path.name for path in tmp_path.iterdir()] == ["e"]
 
 
+def test_a_rebuild_that_fails_its_verification_keeps_the_engine_that_was_there(
+    mxcompile, tiny_checkpoint, tiny_engine, tmp_path
+):
+    """A checkpoint that went bad: everything is written, and the finished engine computes what is not finite."""
+    folder, bad = shutil.copytree(tiny_engine, tmp_path / "e"), shutil.copytree(tiny_checkpoint, tmp_path / "bad")
+    for file in bad.glob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        length = int.from_bytes(data[:8], "little")
+        place = json.loads(data[8 : 8 + length]).get("model.norm.weight", {}).get("data_offsets")
+        if place is not None:
+            start, end = (8 + length + offset for offset in place)
+            data[start:end] = b"\xff" * (end - start)
+            file.write_bytes(data)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    refused(mxcompile("build", bad, "-o", folder, "--force", "--layers", "1"), 1, "not finite")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "e"]
+
+
 @pytest.mark.machine
 def test_a_file_system_without_room(tiny_checkpoint, tmp_path):
     """A real one of 6 MB, where namespaces may be made."""
