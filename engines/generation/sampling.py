@@ -1,4 +1,4 @@
-"""From one row of logits to one token: repetition penalty, temperature, top-k, top-p, and a seeded draw.
+"""From one row of logits to one token: penalties, temperature, top-k, top-p, and a seeded draw.
 
 Legend: N vocabulary, M candidates that are left after top-k and top-p, in ascending order of their ids.
 """
@@ -63,6 +63,8 @@ class Sampler:
         if config.repetition_penalty != 1.0:
             self._seen_N = np.zeros(vocab_size, dtype=bool)
             self._seen_N[prompt] = True
+        # Of the output, by token; None when no setting asks for it.
+        self._counts: dict[int, int] | None = {} if config.presence_penalty or config.frequency_penalty else None
 
     def sample(self, logits_N: NDArray[np.floating]) -> int:
         """Choose the next token. Raises NotFiniteError when the logits hold NaN or +inf, or nothing above -inf."""
@@ -71,9 +73,15 @@ class Sampler:
         scores_N = logits_N.astype(np.float64)
         if self._seen_N is not None:
             penalise_repetition(scores_N, self._seen_N, self._config.repetition_penalty)
+        if self._counts:
+            ids_M = np.fromiter(self._counts, np.int64)
+            counts_M = np.fromiter(self._counts.values(), np.float64)
+            scores_N[ids_M] -= self._config.presence_penalty + self._config.frequency_penalty * counts_M
         token = int(scores_N.argmax()) if self._config.temperature == 0 else self._draw(scores_N)
         if self._seen_N is not None:
             self._seen_N[token] = True
+        if self._counts is not None:
+            self._counts[token] = self._counts.get(token, 0) + 1
         return token
 
     def _draw(self, scores_N: NDArray[np.float64]) -> int:

@@ -27,9 +27,11 @@ class GenerationConfig:
 
     `temperature` 0 takes the most likely token; above 0, tokens are drawn from softmax(logits / temperature) after
     `top_k` (0: off) and then `top_p` (1: off) have cut it. `repetition_penalty` above 1 lowers every token of the
-    prompt and of the output so far (Keskar et al. 2019, section 4.1). The same `seed` gives a prompt the same tokens
-    in any run; in a batch, up to the last bits of the logits, which may tip a draw that is a near tie. `logprobs`: None
-    reports none, n >= 0 reports the chosen token and the n most likely ones.
+    prompt and of the output so far (Keskar et al. 2019, section 4.1). `presence_penalty` is taken off the logit of
+    every token of the output so far, and `frequency_penalty` once for each time that it stands there. The same `seed`
+    gives a prompt the same tokens in any run; in a batch, up to the last bits of the logits, which may tip a draw that
+    is a near tie. `logprobs`: None reports none, n >= 0 reports the chosen token and the n most likely ones, all as
+    the engine gave them: before temperature and penalties.
     """
 
     max_new_tokens: int = 128
@@ -37,6 +39,8 @@ class GenerationConfig:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
@@ -49,6 +53,8 @@ class GenerationConfig:
         _number("temperature", self.temperature, low=0.0, hint=" (0 decodes greedily)")
         _number("top_p", self.top_p, low=0.0, above=True, high=1.0, hint=" (1 turns it off)")
         _number("repetition_penalty", self.repetition_penalty, low=0.0, above=True, hint=" (1 turns it off)")
+        _number("presence_penalty", self.presence_penalty, low=-100.0, high=100.0, hint=" (0 turns it off)")
+        _number("frequency_penalty", self.frequency_penalty, low=-100.0, high=100.0, hint=" (0 turns it off)")
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs, low=0)
         if isinstance(self.stop_strings, str):

@@ -86,6 +86,8 @@ def reference(prompt, config: GenerationConfig, capacity=64):
         scores = toy_logits(tuple(history)).astype(np.float64)
         for token in set(history):
             scores[token] *= config.repetition_penalty if scores[token] < 0 else 1 / config.repetition_penalty
+        for token in set(out):
+            scores[token] -= config.presence_penalty + config.frequency_penalty * out.count(token)
         if config.temperature == 0:
             token = int(np.argmax(scores))
         else:
@@ -119,6 +121,8 @@ configs = st.builds(
     top_k=st.sampled_from([0, 1, 3, 10, VOCAB, 100]),
     top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
     repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]),
+    presence_penalty=st.sampled_from([0.0, 0.5, -0.5]),
+    frequency_penalty=st.sampled_from([0.0, 0.25, -0.25]),
     seed=st.integers(0, 2**64 - 1),
     stop_token_ids=st.lists(st.integers(0, VOCAB - 1), max_size=8),
 )

@@ -96,6 +96,8 @@ def test_text_that_cannot_become_a_stop_string_is_not_held():
         ({"top_k": -1}, "top_k"),
         ({"top_k": 1.5}, "top_k"),
         ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0"),
+        ({"presence_penalty": 101}, "presence_penalty must be a number of at least -100 and at most 100"),
+        ({"frequency_penalty": "much"}, "frequency_penalty must be a number"),
         ({"seed": -1}, "seed must be a whole number between 0 and"),
         ({"seed": 2**64}, "seed"),
         ({"logprobs": -1}, "logprobs"),
