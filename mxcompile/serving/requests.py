@@ -9,9 +9,11 @@ from typing import Literal
 from engines.generation import GenerationConfig, GenerationResult, TokenEvent
 from mxcompile.errors import MxcompileError
 
-# invalid: the request can never be served as it is; unavailable: not now; cancelled: the client left; internal: the
-# engine failed on it.
-FailureKind = Literal["invalid", "unavailable", "cancelled", "internal"]
+# invalid: the request can never be served as it is; limited: not now, this client has too many already; unavailable:
+# not now; cancelled: the client left; internal: the engine failed on it.
+FailureKind = Literal["invalid", "limited", "unavailable", "cancelled", "internal"]
+MOST_ANSWERS = 128
+"""Answers of one request at most; each takes a slot while it is written."""
 
 
 class RequestError(MxcompileError):
@@ -39,6 +41,7 @@ class Failed:
 
 
 Event = TokenEvent | Finished | Failed
+Emit = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -46,26 +49,31 @@ class Request:
     """One generation. Events arrive in order on the scheduler's thread; Finished or Failed is the last, exactly once.
 
     `session` continues the named session: `prompt` then follows what it holds. `session_start` begins it anew.
-    `emit` must not block and must not call the scheduler.
+    `client` is whom to be fair to. `others` are further answers to the same prompt, which is read once for all; each
+    has events of its own. `emit` must not block and must not call the scheduler.
     """
 
     prompt: list[int]
     config: GenerationConfig
-    emit: Callable[[Event], None]
+    emit: Emit
     session: str | None = None
     session_start: bool = False
+    client: str = ""
+    others: tuple[tuple[GenerationConfig, Emit], ...] = ()
 
 
 @dataclass(frozen=True)
 class Limits:
     """What the scheduler lets in.
 
-    `max_queue`: requests waiting for a slot. `max_wait_s`: seconds one may wait. `max_prompt_tokens`: longest prompt
-    of one request (default: the engine's max_seq_len). `prefill_budget`: prompt tokens read between two decode
-    steps (default: one chunk); at least one chunk is always read.
+    `max_queue`: requests waiting for a slot; `max_queue_per_client`: of one client (default: as many). `max_wait_s`:
+    seconds one may wait. `max_prompt_tokens`: longest prompt of one request (default: the engine's max_seq_len).
+    `prefill_budget`: prompt tokens read between two decode steps (default: one chunk); at least one chunk is always
+    read.
     """
 
     max_queue: int = 256
     max_wait_s: float = 60.0
     max_prompt_tokens: int | None = None
     prefill_budget: int | None = None
+    max_queue_per_client: int | None = None

@@ -6,10 +6,14 @@ do for that many rows, which can tip a draw only where two tokens or two experts
 
 Rules of a step, in this order:
 1. cancelled requests leave their slots; waiting ones that are too old are refused;
-2. free slots are filled from the queue, first come first served, lowest slot first (idle rows cost least at the end);
+2. free slots are filled from the queue, the least served client first and its requests in order of arrival, lowest
+   slot first (idle rows cost least at the end);
 3. every sequence that decodes gets one token, in one run;
 4. prompts are read one chunk each, in turn, as many as `prefill_budget` tokens allow: a long prompt delays neither the
    running answers nor a short prompt behind it by more than the budget.
+
+A request for several answers has its prompt read once, in one slot; what that row remembers is then copied to a slot
+for each further answer, as they become free.
 
 Legend: B slots, T new tokens, N vocabulary.
 """
@@ -22,33 +26,50 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from engines.generation import GenerationError
+from engines.generation import GenerationConfig, GenerationError
 from engines.generation.generate import Detokenizer, Row, check_prompt
 from engines.interface import RowSnapshot, Session
 from mxcompile.serving.cache import SessionStore, StateCache
+from mxcompile.serving.fair_queue import FairQueue
 from mxcompile.serving.metrics import Metrics
-from mxcompile.serving.requests import Failed, Finished, Limits, Request, RequestError
+from mxcompile.serving.requests import MOST_ANSWERS, Emit, Failed, Finished, Limits, Request, RequestError
 
 Ticket = int
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Read:
+    """A prompt that was read: what a row remembers of it, and the logits [N] after it."""
+
+    snapshot: RowSnapshot
+    logits_N: np.ndarray
+
+
+@dataclass(eq=False)
 class _Job:
-    """One request on its way. `slot` is -1 while it waits; `fed` counts prompt tokens that its row has seen."""
+    """One answer on its way. `slot` is -1 while it waits; `fed` counts prompt tokens that its row has seen."""
 
     ticket: Ticket
     request: Request
+    config: GenerationConfig
+    emit: Emit
     arrived: float
+    read: _Read | None = None  # of a further answer: what the first one's slot has read for it
+    unborn: list[tuple[GenerationConfig, Emit]] = field(default_factory=list)  # answers that wait for this one's prompt
     slot: int = -1
     row: Row | None = None
     fed: int = 0
     past: int = 0  # tokens of the session before this request
     cached: int = 0
     last_token: float = 0.0
+
+    @property
+    def client(self) -> str:
+        return self.request.client
 
     @property
     def sequence(self) -> Row:
@@ -86,7 +107,8 @@ class Scheduler:
         self._tickets = itertools.count(1)
         # The rest is shared between threads, under the lock.
         self._changed = threading.Condition()
-        self._queue: deque[_Job] = deque()
+        self._queue: FairQueue[_Job] = FairQueue()
+        self._open: dict[Ticket, int] = {}  # answers that have not ended
         self._cancelled: set[Ticket] = set()
         self._busy_sessions: set[str] = set()
         self._draining = False
@@ -98,13 +120,13 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """Answers in the queue."""
         return len(self._queue)
 
     @property
     def idle(self) -> bool:
         """Nothing to do until the next `submit`."""
-        return not self._queue and self.active == 0
+        return not len(self._queue) and self.active == 0
 
     def submit(self, request: Request) -> Ticket:
         """Queue a request. Raises RequestError, and then emits nothing, when it cannot be served."""
@@ -114,10 +136,12 @@ class Scheduler:
             except RequestError as error:
                 self.metrics.refused(error.kind)
                 raise
-            job = _Job(next(self._tickets), request, self._clock())
+            job = _Job(next(self._tickets), request, request.config, request.emit, self._clock())
+            job.unborn += request.others
+            self._open[job.ticket] = 1 + len(request.others)
             if request.session is not None:
                 self._busy_sessions.add(request.session)
-            self._queue.append(job)
+            self._queue.push(job)
             self._changed.notify()
             return job.ticket
 
@@ -156,10 +180,9 @@ class Scheduler:
         """End every request with Failed("unavailable"): the engine is gone."""
         with self._changed:
             self._draining = True
-            waiting = list(self._queue)
-            self._queue.clear()
-        for job in [*(job for job in self._slots if job is not None), *waiting]:
-            self._end(job, Failed("unavailable", message))
+            tickets = {job.ticket for job in [*self._queue, *self._slots] if job is not None}
+        for ticket in tickets:
+            self._fail(ticket, Failed("unavailable", message))
 
     def _check(self, request: Request) -> None:
         if self._draining:
@@ -169,7 +192,11 @@ class Scheduler:
         if longest is not None and len(request.prompt) > longest:
             raise RequestError(f"the prompt has {len(request.prompt)} tokens; this server takes at most {longest}")
         prompt = request.prompt
+        if len(request.others) >= MOST_ANSWERS:
+            raise RequestError(f"{len(request.others) + 1} answers were asked for; at most {MOST_ANSWERS} are written")
         if request.session is not None:
+            if request.others:
+                raise RequestError("a session goes on with one answer; ask for one")
             if self._sessions is None:
                 raise RequestError("this server keeps no sessions; send the whole conversation without session_id")
             if request.session in self._busy_sessions:
@@ -188,39 +215,50 @@ class Scheduler:
             raise RequestError(str(error).replace("prompt 0", "the prompt")) from error
         if request.config.stop_strings and self._detokenizer is None:
             raise RequestError("stop strings need a tokenizer, which this engine was built without")
-        if len(self._queue) >= self.limits.max_queue and not (self._free and not self._queue):
-            raise RequestError(f"{len(self._queue)} requests are waiting already; try again later", "unavailable")
+        waiting, own = len(self._queue), self._queue.waiting_of(request.client)
+        if self._free and not waiting:
+            return
+        if self.limits.max_queue_per_client is not None and own >= self.limits.max_queue_per_client:
+            raise RequestError(f"{own} requests of this client are waiting already; try again later", "limited")
+        if waiting >= self.limits.max_queue:
+            raise RequestError(f"{waiting} requests are waiting already; try again later", "unavailable")
 
     def _admit(self) -> None:
         now = self._clock()
-        ended: list[tuple[_Job, Failed]] = []
-        admitted: list[_Job] = []
+        oldest = now - self.limits.max_wait_s
         with self._changed:
             cancelled, self._cancelled = self._cancelled, set()
-            kept: deque[_Job] = deque()
-            for job in self._queue:
-                if job.ticket in cancelled:
-                    ended.append((job, Failed("cancelled", "the request was cancelled")))
-                elif now - job.arrived > self.limits.max_wait_s:
-                    message = f"no slot became free within {self.limits.max_wait_s:g} s; try again later"
-                    ended.append((job, Failed("unavailable", message)))
-                else:
-                    kept.append(job)
-            self._queue = kept
-        for running in self._slots:
-            if running is not None and running.ticket in cancelled:
-                ended.append((running, Failed("cancelled", "the request was cancelled")))
-        for job, failure in ended:
-            self._end(job, failure)
-        with self._changed:
-            while self._free and self._queue:
-                job = self._queue.popleft()
+            late = {job.ticket for job in self._queue if job.arrived < oldest and job.read is None}
+        for ticket in cancelled:
+            self._fail(ticket, Failed("cancelled", "the request was cancelled"))
+        for ticket in late - cancelled:
+            message = f"no slot became free within {self.limits.max_wait_s:g} s; try again later"
+            self._fail(ticket, Failed("unavailable", message))
+        while True:
+            with self._changed:
+                if not self._free or not len(self._queue):
+                    return
+                job = self._queue.pop()
                 job.slot = heapq.heappop(self._free)
                 self._slots[job.slot] = job
-                admitted.append(job)
-        for job in admitted:
-            self.metrics.queued(now - job.arrived)
-            self._place(job)
+            if job.read is not None:
+                self._go_on(job, job.read)
+            else:
+                self.metrics.queued(now - job.arrived)
+                self._place(job)
+
+    def _go_on(self, job: _Job, read: _Read) -> None:
+        """Give a further answer its slot and its first token."""
+        job.read = None
+        self._state.write_row(job.slot, read.snapshot)
+        self._begin(job, job.request.prompt)
+        self._draw(job, read.logits_N)
+
+    def _begin(self, job: _Job, prompt: list[int]) -> None:
+        make = self._detokenizer
+        job.row = Row(job.slot, prompt, job.config, self._session.vocab_size, make() if make else None)
+        # The last token that is drawn need not be fed, so one more fits than the engine has room for.
+        job.row.limit = min(job.config.max_new_tokens, self._session.max_seq_len - job.past - len(prompt) + 1)
 
     def _place(self, job: _Job) -> None:
         """Give a request its slot: empty, or with what a session or the prefix cache remembers."""
@@ -232,7 +270,7 @@ class Scheduler:
             assert self._sessions is not None
             saved = self._sessions.load(request.session)
             if saved is None:  # dropped for room, or its file was damaged, since the request came
-                self._end(job, Failed("invalid", f"session {request.session!r} was dropped; start it again"))
+                self._fail(job.ticket, Failed("invalid", f"session {request.session!r} was dropped; start it again"))
                 return
             prompt, found = [*saved.unfed, *prompt], saved.snapshot
             job.past = job.cached = found.length
@@ -243,10 +281,10 @@ class Scheduler:
             self.metrics.prefix(job.fed, len(prompt))
         if found is not None:
             self._state.write_row(job.slot, found)
-        make = self._detokenizer
-        job.row = Row(job.slot, prompt, request.config, self._session.vocab_size, make() if make else None)
-        # The last token that is drawn need not be fed, so one more fits than the engine has room for.
-        job.row.limit = min(request.config.max_new_tokens, self._session.max_seq_len - job.past - len(prompt) + 1)
+        with self._changed:
+            # At once, not as it is read: the next slot must see it.
+            self._queue.charge(job.client, len(prompt) - job.fed)
+        self._begin(job, prompt)
         self._reading.append(job)
 
     def _decode(self, jobs: list[_Job]) -> None:
@@ -285,6 +323,8 @@ class Scheduler:
             if self._cache is not None and job.past == 0 and len(part) == self._chunk:
                 self._cache.store(job.sequence.prompt[: job.fed], self._state, job.slot)
             if job.fed == len(job.sequence.prompt):
+                if job.unborn:
+                    self._fork(job, logits_BN[job.slot])
                 self._draw(job, logits_BN[job.slot])
             else:
                 self._reading.append(job)
@@ -301,11 +341,23 @@ class Scheduler:
         none_B0 = np.zeros((slots, 0), np.int64)
         return self._session.forward(ids_BT, new_B, self._state, positions=none_B0).logits
 
+    def _fork(self, job: _Job, logits_N: np.ndarray) -> None:
+        """Let the further answers wait for slots, before the other requests of their client."""
+        read = _Read(self._state.read_row(job.slot), logits_N.copy())
+        with self._changed:
+            for config, emit in reversed(job.unborn):
+                other = _Job(job.ticket, job.request, config, emit, job.arrived, read)
+                other.cached = job.cached
+                self._queue.push(other, first=True)
+        job.unborn.clear()
+
     def _draw(self, job: _Job, logits_N: np.ndarray) -> None:
+        if self._slots[job.slot] is not job:
+            return  # another answer to its prompt has failed
         try:
             event = job.sequence.step(logits_N)
         except GenerationError as error:
-            self._end(job, Failed("internal", str(error)))
+            self._fail(job.ticket, Failed("internal", str(error)))
             return
         now = self._clock()
         if job.last_token:
@@ -313,21 +365,48 @@ class Scheduler:
         else:
             self.metrics.first_token(now - job.arrived)
         job.last_token = now
-        job.request.emit(event)
+        with self._changed:
+            self._queue.charge(job.client, 1)
+        job.emit(event)
         if event.finish_reason is not None:
-            self._end(job, Finished(job.sequence.result(now - job.arrived), job.cached))
+            self._finish(job, Finished(job.sequence.result(now - job.arrived), job.cached))
 
-    def _end(self, job: _Job, event: Finished | Failed) -> None:
+    def _finish(self, job: _Job, event: Finished) -> None:
         request = job.request
-        if isinstance(event, Finished) and request.session is not None:
-            # A request that fails leaves its session as it was before.
+        if request.session is not None:
             assert self._sessions is not None
             self._sessions.save(request.session, self._state.read_row(job.slot), event.result.unfed_tokens)
         with self._changed:
-            if job.slot >= 0:
-                self._slots[job.slot] = None
-                heapq.heappush(self._free, job.slot)
-            if request.session is not None:
-                self._busy_sessions.discard(request.session)
-        self.metrics.ended(event.kind if isinstance(event, Failed) else "finished")
-        request.emit(event)
+            self._release(job)
+            self._open[job.ticket] -= 1
+            ended = not self._open[job.ticket]
+            if ended:
+                self._close(job)
+        if ended:
+            self.metrics.ended("finished")
+        job.emit(event)
+
+    def _fail(self, ticket: Ticket, failure: Failed) -> None:
+        """End what is left of a request, if anything is. A session stays as it was before."""
+        with self._changed:
+            jobs = [job for job in self._slots if job is not None and job.ticket == ticket]
+            for job in jobs:
+                self._release(job)
+            jobs += self._queue.remove(lambda job: job.ticket == ticket)
+            if not jobs:
+                return
+            self._close(jobs[0])
+        self.metrics.ended(failure.kind)
+        for job in jobs:
+            for emit in [job.emit, *(emit for _, emit in job.unborn)]:
+                emit(failure)
+
+    def _release(self, job: _Job) -> None:
+        self._slots[job.slot] = None
+        heapq.heappush(self._free, job.slot)
+        self._queue.ended(job.client)
+
+    def _close(self, job: _Job) -> None:
+        del self._open[job.ticket]
+        if job.request.session is not None:
+            self._busy_sessions.discard(job.request.session)
