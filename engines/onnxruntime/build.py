@@ -17,7 +17,7 @@ from engines.config import Checkpoint, EngineConfig, Limits, Mapping, RankFiles
 from engines.contract import port, states
 from engines.directory import EngineDirWriter
 from engines.errors import EngineError
-from engines.onnxruntime.lowering import GroupExperts, lower
+from engines.onnxruntime.lowering import GroupExperts, lower, lower_expert_ranges
 from engines.placing import Progress, place_weights
 
 TARGET = "onnxruntime"
@@ -40,7 +40,6 @@ class BuildRequest:
     taps: Sequence[str] = ()
     mapping: Mapping = field(default_factory=Mapping)
     rank: int = 0
-    prefill_graph: bool = True  # write a second graph for several tokens, where there is one
     mxcompile_version: str = "unknown"
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -72,11 +71,11 @@ def build(
     missing = [tap for tap in request.taps if tap not in {out.name for node in model.graph for out in node.outputs}]
     if missing:
         raise EngineError(f"the graph has no value {missing[0]!r} to tap")
-    _write_graph(writer, graph_name, model)
     group = GroupExperts()
-    prefill_name = None
-    if request.prefill_graph and group(grouped := ir.from_proto(ir.to_proto(model))).modified:
-        prefill_name = f"rank{request.rank}.prefill.onnx"
+    grouped = ir.from_proto(ir.to_proto(model))
+    prefill_name = f"rank{request.rank}.prefill.onnx" if group(grouped).modified else None
+    _write_graph(writer, graph_name, lower_expert_ranges(model))
+    if prefill_name is not None:
         _write_graph(writer, prefill_name, grouped)
     writer.write(weights_name, replace(manifest, parts=group.parts).to_json())
     return EngineConfig(

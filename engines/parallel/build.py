@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
+import onnx
 import onnx_ir as ir
 
-from engines.config import EngineConfig, Mapping, StateTensor
+from engines.config import EngineConfig, Mapping
 from engines.directory import EngineDirWriter
 from engines.onnxruntime.build import BuildRequest, build
 from engines.parallel.cut import cut
+from engines.parallel.heads import of_all_ranks
 from engines.parallel.pieces import PieceFile, pieces_name, to_bytes
 from engines.placing import Progress
 
@@ -36,32 +37,20 @@ def build_ranks(
     files, config = [], None
     for rank in range(ranks):
         model = graph_of(rank)
-        config = build(model, writer, replace(request, rank=rank, prefill_graph=False), progress)
+        config = build(model, writer, replace(request, rank=rank), progress)
         report("cut", rank, ranks)
-        pieces, models = cut(ir.to_proto(model))
-        writer.write(pieces_name(rank), to_bytes(PieceFile(rank, ranks, build_id, pieces), models))
+        for graph in filter(None, (config.ranks[0].graph, config.ranks[0].prefill_graph)):
+            assert writer.path is not None
+            pieces, models = cut(onnx.load(str(writer.path / graph), load_external_data=False))
+            writer.write(pieces_name(graph), to_bytes(PieceFile(rank, ranks, build_id, pieces), models))
         report("cut", rank + 1, ranks)
         files += config.ranks
     assert config is not None
-    states = [replace(spec, dims=_whole(spec, request.model)) for spec in config.states]
-    dims = {name: spec.dims for spec in states for name in (spec.past, spec.present)}
-    return replace(
-        config,
-        ranks=files,
-        states=states,
-        inputs=[replace(port, dims=dims.get(port.name, port.dims)) for port in config.inputs],
-        outputs=[replace(port, dims=dims.get(port.name, port.dims)) for port in config.outputs],
-        options=config.options | {"parallel_build": build_id},
-    )
+    whole = of_all_ranks(config, files)
+    return replace(whole, options=whole.options | {"parallel_build": build_id})
 
 
 def _build_id(request: BuildRequest, mapping: Mapping) -> str:
     """Tells the files of one build from those of another: same model, checkpoint, type and mapping give the same."""
     facts = (request.model, request.checkpoint, request.dtype, request.quantization, mapping, request.versions)
     return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-
-def _whole(spec: StateTensor, model: dict[str, Any]) -> list[int | str]:
-    """Dimensions of a state of the whole model, from a rank's."""
-    heads = model["num_attention_heads" if spec.kind == "lightning" else "num_key_value_heads"]
-    return [spec.dims[0], heads, *spec.dims[2:]]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from engines.config import EngineConfig, StateTensor
+from engines.config import EngineConfig, RankFiles, StateTensor
 from engines.errors import EngineError
 
 
@@ -41,6 +42,25 @@ def _scaled(spec: StateTensor, ranks: int, rank: int) -> StateTensor:
     assert isinstance(heads, int)
     mine = head_range(heads, ranks, rank)
     return replace(spec, dims=[batch, mine.stop - mine.start, *rest])
+
+
+def of_all_ranks(config: EngineConfig, files: list[RankFiles]) -> EngineConfig:
+    """The other way: the configuration of the whole engine from one rank's, with the files of all."""
+    states = [replace(spec, dims=_whole(spec, config.model)) for spec in config.states]
+    dims = {name: spec.dims for spec in states for name in (spec.past, spec.present)}
+    return replace(
+        config,
+        ranks=files,
+        states=states,
+        inputs=[replace(port, dims=dims.get(port.name, port.dims)) for port in config.inputs],
+        outputs=[replace(port, dims=dims.get(port.name, port.dims)) for port in config.outputs],
+    )
+
+
+def _whole(spec: StateTensor, model: dict[str, Any]) -> list[int | str]:
+    """Dimensions of a state of the whole model, from a rank's."""
+    heads = model["num_attention_heads" if spec.kind == "lightning" else "num_key_value_heads"]
+    return [spec.dims[0], heads, *spec.dims[2:]]
 
 
 def join(parts: Sequence[np.ndarray], heads: int, axis: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The pieces of one rank's graph as a file: `rank{r}.pieces`.
+"""The pieces of one rank's graph as a file: `rank{r}.pieces`, and `rank{r}.prefill.pieces` of its graph for several tokens.
 
 Eight bytes that name the format, the length of a JSON header (8 bytes, little-endian), the header, then one ONNX model per piece.
 The header says between which pieces what is exchanged, and which build and rank the file belongs to. Reading needs no onnx.
@@ -56,9 +56,9 @@ class PieceFile:
     pieces: list[Piece]
 
 
-def pieces_name(rank: int) -> str:
-    """Name of a rank's file in the engine directory."""
-    return f"rank{rank}.pieces"
+def pieces_name(graph: str) -> str:
+    """Name of the file, in the engine directory, with the pieces of a graph of this name."""
+    return f"{graph.removesuffix('.onnx')}.pieces"
 
 
 def to_bytes(content: PieceFile, models: list[bytes]) -> bytes:

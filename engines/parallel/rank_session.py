@@ -41,18 +41,25 @@ class RankSession(OrtSession):
     ) -> None:
         self._exchanger, self._tick = exchanger, tick
         rank = exchanger.rank
-        self._content, self._models = pieces.read(folder / pieces.pieces_name(rank))
-        found, wanted = (self._content.rank, self._content.ranks), (rank, config.mapping.tp_size)
-        if found != wanted or self._content.build != config.options.get("parallel_build"):
-            raise EngineError(
-                f"{folder / pieces.pieces_name(rank)}: belongs to rank {found[0]} of {found[1]} of another build; "
-                "rebuild the engine"
-            )
-        graph = folder / next(files.graph for files in config.ranks if files.rank == rank)
-        super().__init__(of_rank(config, rank), graph, None, weights, threads=threads, prepack=prepack)
+        files = next(files for files in config.ranks if files.rank == rank)
+        prefill_graph = None if files.prefill_graph is None else folder / files.prefill_graph
+        super().__init__(
+            of_rank(config, rank), folder / files.graph, prefill_graph, weights, threads=threads, prepack=prepack
+        )
 
     def _open(self, model: str | bytes, prepack: bool) -> Any:
-        return self._load(self._content.pieces, self._models, prepack)
+        assert isinstance(model, str)
+        return self._load(*self._pieces_of(Path(model)), prepack)
+
+    def _pieces_of(self, graph: Path) -> tuple[list[pieces.Piece], list[bytes]]:
+        """The pieces of a graph of this rank and their models; EngineError when they are not this engine's."""
+        file = graph.with_name(pieces.pieces_name(graph.name))
+        content, models = pieces.read(file)
+        config, rank = self._config, self._exchanger.rank
+        found, wanted = (content.rank, content.ranks), (rank, config.mapping.tp_size)
+        if found != wanted or content.build != config.options.get("parallel_build"):
+            raise EngineError(f"{file}: belongs to rank {found[0]} of {found[1]} of another build; rebuild the engine")
+        return content.pieces, models
 
     def _load(self, content: list[pieces.Piece], models: list[bytes], prepack: bool) -> PiecewiseSession:
         loaded = []
@@ -87,7 +94,7 @@ class RankSession(OrtSession):
             import onnx
 
             wanted, content, models = set(self._config.taps), [], []
-            for piece, data in zip(self._content.pieces, self._models, strict=True):
+            for piece, data in zip(*self._pieces_of(self._graph), strict=True):
                 model = onnx.load_from_string(data) if data else onnx.ModelProto()
                 names = [
                     name for node in model.graph.node for name in node.output if name in wanted - set(piece.outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.errors import EngineError
-from engines.onnxruntime.lowering import LowerCollectives, LowerExpertRange
+from engines.onnxruntime.lowering import GroupExperts, LowerCollectives, LowerExpertRange
 from engines.parallel.cut import cut
 from engines.parallel.heads import head_range, join, pieces
 from engines.parallel.message import decode, encode
@@ -36,11 +37,14 @@ def named(node: ir.Node, name: str, *shape: int | str) -> ir.Value:
 # --- experts of one rank -------------------------------------------------------------------------------------------------------
 
 
-def experts(first: int | None, fc1: np.ndarray, fc2: np.ndarray, k: int, all_experts: int) -> ort.InferenceSession:
+def experts(
+    first: int | None, fc1: np.ndarray, fc2: np.ndarray, k: int, all_experts: int, grouped: Path | None = None
+) -> ort.InferenceSession:
+    """One rank's experts in the form for single tokens, or grouped (then the weights go into a file in that folder)."""
     hidden = fc1.shape[2]
     x, router = value("x", 1, "tokens", hidden), value("router", "tokens", all_experts)
     weights = [
-        ir.Value(name=name, type=FLOAT, shape=ir.Shape(array.shape), const_value=ir.tensor(array, name=name))
+        ir.Value(name=name, type=FLOAT, shape=ir.Shape(array.shape), const_value=stored(array, name, grouped))
         for name, array in (("fc1", fc1), ("fc2", fc2))
     ]
     attributes = dict(
@@ -58,15 +62,32 @@ def experts(first: int | None, fc1: np.ndarray, fc2: np.ndarray, k: int, all_exp
     opsets = {"": 24, "com.microsoft": 1}
     graph = ir.Graph([x, router], [output], nodes=[node], initializers=weights, opset_imports=opsets, name="experts")
     model = ir.Model(graph, ir_version=10)
-    LowerExpertRange()(model)
-    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    if grouped is None:
+        LowerExpertRange()(model)
+        return ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    GroupExperts()(model)
+    (grouped / "model.onnx").write_bytes(ir.to_proto(model).SerializeToString())
+    return ort.InferenceSession(grouped / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+def stored(array: np.ndarray, name: str, folder: Path | None) -> ir.TensorProtocol:
+    if folder is None:
+        return ir.tensor(array, name=name)
+    (folder / name).write_bytes(array.tobytes())
+    return ir.ExternalTensor(name, 0, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape(array.shape), name=name)
 
 
 @settings(deadline=None, max_examples=25)
 @given(
-    st.sampled_from([(2, 4), (4, 2), (8, 1), (2, 1), (1, 3)]), st.integers(1, 9), st.integers(1, 3), st.integers(0, 99)
+    st.sampled_from([(2, 4), (4, 2), (8, 1), (2, 1), (1, 3)]),
+    st.integers(1, 9),
+    st.integers(1, 3),
+    st.booleans(),
+    st.integers(0, 99),
 )
-def test_the_shares_of_all_expert_ranges_add_up(sizes: tuple[int, int], tokens: int, k: int, seed: int) -> None:
+def test_the_shares_of_all_expert_ranges_add_up(
+    sizes: tuple[int, int], tokens: int, k: int, grouped: bool, seed: int
+) -> None:
     ranges, local = sizes
     total = ranges * local
     k = min(k, total)
@@ -78,10 +99,12 @@ def test_the_shares_of_all_expert_ranges_add_up(sizes: tuple[int, int], tokens: 
         "router": (3 * random.standard_normal((tokens, total))).astype(np.float32),
     }
     whole = experts(None, fc1, fc2, k, total).run(None, feeds)[0]
-    shares = [
-        experts(start, fc1[start : start + local], fc2[start : start + local], k, total).run(None, feeds)[0]
-        for start in range(0, total, local)
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) if grouped else None
+        shares = [
+            experts(start, fc1[start : start + local], fc2[start : start + local], k, total, place).run(None, feeds)[0]
+            for start in range(0, total, local)
+        ]
     # fp32 and sums in another order; the values are of size one
     assert np.abs(sum(shares) - whole).max(initial=0) < 1e-5
 

@@ -103,6 +103,7 @@ def test_the_configuration_tells_the_whole_model(workshop: Workshop, pair: Paral
     assert pair.config.inputs == whole.inputs
     assert pair.config.outputs == whole.outputs
     assert pair.config.mapping == dataclasses.replace(whole.mapping, tp_size=2, moe_ep_size=2)
+    assert [files.prefill_graph for files in pair.config.ranks] == ["rank0.prefill.onnx", "rank1.prefill.onnx"]
 
 
 @pytest.mark.parametrize(

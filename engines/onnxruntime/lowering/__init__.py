@@ -31,17 +31,20 @@ __all__ = [
     "LowerLinearAttention",
     "LowerOpset",
     "lower",
+    "lower_expert_ranges",
 ]
 
 
 def lower(model: ir.Model) -> ir.Model:
-    """Lower `model` in place for any number of tokens, and return it. `GroupExperts` then makes a prefill graph of it."""
+    """Lower `model` in place for any number of tokens, and return it.
+
+    Experts stay as they are: `GroupExperts` then makes a prefill graph of it, and `lower_expert_ranges` the graph for single tokens.
+    """
     passes = ir.passes.Sequential(
         IdentityEliminationPass(),
         LowerAttention(),
         LowerLinearAttention(),
         LowerLinear(),
-        LowerExpertRange(),
         LowerCollectives(),
         LowerOpset(),
         CommonSubexpressionEliminationPass(),
@@ -49,3 +52,8 @@ def lower(model: ir.Model) -> ir.Model:
         RemoveUnusedOpsetsPass(),
     )
     return passes(model).model
+
+
+def lower_expert_ranges(model: ir.Model) -> ir.Model:
+    """Give experts over a range of all, if there are any, the form that ONNX Runtime runs; in place."""
+    return ir.passes.Sequential(LowerExpertRange(), CommonSubexpressionEliminationPass())(model).model

@@ -11,6 +11,8 @@ Rules:
 3. Softmax over the selected logits equals softmax over all, selected and normalised.
 4. Each token's k assignments are sorted by expert (stable order is not needed), split by count (0 is fine), and put
    back by the inverse permutation.
+5. With `first_local_expert`, the weights are those of a range of the experts: assignments to other experts are sorted
+   behind all local ones, are left out of the products, and read a row of zeros when all is put back.
 
 On an exact tie between two experts' logits this takes the lower index, MoE the higher.
 """
@@ -20,6 +22,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from engines.onnxruntime.lowering.expert_range import ATTRIBUTE
 from engines.rewrite import CONTRIB, drop_dead, take_over
 
 
@@ -66,11 +69,24 @@ class GroupExperts(ir.passes.InPlacePass):
         top, chosen = several("TopK", [router, numbers(count)], {"axis": -1}, num_outputs=2)
         share = op("Unsqueeze", [op("Softmax", [top], {"axis": -1}), numbers(2)])
         assigned = op("Reshape", [chosen, numbers(-1)])
+        first = node.attributes.get(ATTRIBUTE)
+        if first is not None:  # experts of other ranks all become the number behind the last local one
+            local = op("Sub", [assigned, number(first.as_int())])
+            here = op("And", [op("GreaterOrEqual", [local, number(0)]), op("Less", [local, number(experts)])])
+            assigned = op("Where", [here, local, number(experts)])
         total = op("Shape", [assigned])
         _, order = several("TopK", [assigned, total], {"axis": 0, "largest": 0}, num_outputs=2)
         _, back = several("TopK", [order, total], {"axis": 0, "largest": 0}, num_outputs=2)
-        hits = op("OneHot", [assigned, number(experts), numbers(0, 1)], {"axis": -1})
-        counts = op("ReduceSum", [hits, numbers(0)], {"keepdims": 0})
+        places = experts if first is None else experts + 1
+        counts = op(
+            "ReduceSum",
+            [op("OneHot", [assigned, number(places), numbers(0, 1)], {"axis": -1}), numbers(0)],
+            {"keepdims": 0},
+        )
+        if first is not None:
+            counts = op("Slice", [counts, numbers(0), numbers(experts)])
+            total = op("ReduceSum", [counts, numbers(0)], {"keepdims": 1})
+            order = op("Slice", [order, numbers(0), total])
 
         def by_expert(values: ir.Value, weight: ir.Value) -> ir.Value:
             pieces = several("Split", [values, counts], {"axis": 0}, num_outputs=experts)
@@ -83,6 +99,9 @@ class GroupExperts(ir.passes.InPlacePass):
         gate, up = several("Split", [pairs], {"axis": 2, "num_outputs": 2}, num_outputs=2)
         silu = op("QuickGelu", [gate], {"alpha": 1.0}, domain=CONTRIB)
         mixed = by_expert(op("Reshape", [op("Mul", [silu, up]), numbers(-1, inner)]), fc2)
+        if first is not None:
+            zeros = op("Constant", [], {"value": ir.tensor(np.zeros((1, hidden), np.float32))})
+            mixed, back = op("Concat", [mixed, zeros], {"axis": 0}), op("Min", [back, total])
         restored = op("Reshape", [op("Gather", [mixed, back], {"axis": 0}), numbers(-1, count, hidden)])
         summed = op("ReduceSum", [op("Mul", [restored, share]), numbers(1)], {"keepdims": 0})
         output = op("Reshape", [summed, op("Shape", [x])])
@@ -128,6 +147,6 @@ def _is_canonical(node: ir.Node) -> bool:
         "activation_beta": 0.0,
         "normalize_routing_weights": 1,
     }
-    given = {name: attribute.value for name, attribute in node.attributes.items() if name != "k"}
+    given = {name: attribute.value for name, attribute in node.attributes.items() if name not in ("k", ATTRIBUTE)}
     given = {name: value for name, value in given.items() if (name, value) != ("use_sparse_mixer", 0)}
     return given == wanted
