@@ -48,11 +48,17 @@ class StateTensor:
 
 @dataclass(frozen=True)
 class Mapping:
-    """How the model is cut over ranks (names as TensorRT-LLM users know them)."""
+    """How the model is cut over ranks (names as TensorRT-LLM users know them): rank = cp_rank * tp_size + tp_rank."""
 
     tp_size: int = 1
     moe_tp_size: int = 1
     moe_ep_size: int = 1
+    cp_size: int = 1  # sets of ranks that share the tokens of a prefill chunk; each holds the whole model
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return self.tp_size * self.cp_size
 
 
 @dataclass(frozen=True)

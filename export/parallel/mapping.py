@@ -3,6 +3,9 @@
 `tp_size` ranks share the attention layers by heads. Inside the mixture of experts the same ranks form a grid of
 `moe_tp_size` x `moe_ep_size`: experts are cut into contiguous ranges over `moe_ep_size`, the inner width of each expert over
 `moe_tp_size`. The expert index moves fastest: rank = moe_tp_rank * moe_ep_size + moe_ep_rank.
+
+`cp_size` such sets of ranks share the tokens of a prefill chunk (`export.parallel.context`); each holds the whole model and all
+states. The rank inside a set moves fastest: rank = cp_rank * tp_size + tp_rank.
 """
 
 from __future__ import annotations
@@ -23,9 +26,10 @@ class ParallelMapping:
     tp_size: int = 1
     moe_tp_size: int = 1
     moe_ep_size: int = 1
+    cp_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tp_size", "moe_tp_size", "moe_ep_size"):
+        for name in ("tp_size", "moe_tp_size", "moe_ep_size", "cp_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ExportError(f"{name} must be a positive whole number, not {value!r}")
@@ -37,33 +41,53 @@ class ParallelMapping:
             )
 
     @classmethod
-    def of(cls, tp_size: int, moe_tp_size: int | None = None, moe_ep_size: int | None = None) -> ParallelMapping:
+    def of(
+        cls, tp_size: int, moe_tp_size: int | None = None, moe_ep_size: int | None = None, cp_size: int = 1
+    ) -> ParallelMapping:
         """Fill in the expert sizes: with neither given, experts are cut by inner width only, as TensorRT-LLM does."""
         if moe_tp_size is None and moe_ep_size is None:
-            return cls(tp_size, tp_size, 1)
+            return cls(tp_size, tp_size, 1, cp_size)
         given, name = (moe_ep_size, "moe_ep_size") if moe_tp_size is None else (moe_tp_size, "moe_tp_size")
         if moe_tp_size is not None and moe_ep_size is not None:
-            return cls(tp_size, moe_tp_size, moe_ep_size)
+            return cls(tp_size, moe_tp_size, moe_ep_size, cp_size)
         assert given is not None
         if given < 1 or tp_size % given:
             raise ExportError(
                 f"{name} {given} does not divide tp_size {tp_size}; "
                 f"{_nearest(given, range(1, tp_size + 1), lambda size: tp_size % size == 0)}"
             )
-        return cls(tp_size, tp_size // given, given) if moe_tp_size is None else cls(tp_size, given, tp_size // given)
+        other = tp_size // given
+        return cls(tp_size, *((other, given) if moe_tp_size is None else (given, other)), cp_size)
 
     @property
     def ranks(self) -> range:
         """All ranks."""
-        return range(self.tp_size)
+        return range(self.tp_size * self.cp_size)
+
+    def tp_rank(self, rank: int) -> int:
+        """Which part of the model `rank` holds."""
+        return rank % self.tp_size
+
+    def cp_rank(self, rank: int) -> int:
+        """Which segment of a prefill chunk `rank` takes."""
+        return rank // self.tp_size
+
+    def tp_group(self, rank: int) -> tuple[int, ...]:
+        """The ranks that share a model with `rank`; empty where that is all of them."""
+        first = self.cp_rank(rank) * self.tp_size
+        return tuple(range(first, first + self.tp_size)) if self.cp_size > 1 else ()
+
+    def cp_group(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold the same part of the model as `rank`, in the order of segments; empty where that is all of them."""
+        return tuple(self.ranks)[self.tp_rank(rank) :: self.tp_size] if self.tp_size > 1 else ()
 
     def moe_ep_rank(self, rank: int) -> int:
         """Which range of experts `rank` holds."""
-        return rank % self.moe_ep_size
+        return self.tp_rank(rank) % self.moe_ep_size
 
     def moe_tp_rank(self, rank: int) -> int:
         """Which part of each expert's inner width `rank` holds."""
-        return rank // self.moe_ep_size
+        return self.tp_rank(rank) // self.moe_ep_size
 
     def check(self, config: ModelConfig) -> None:
         """Raise ExportError with the reason and the nearest possible sizes if `config` cannot be cut like this."""

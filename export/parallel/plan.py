@@ -120,7 +120,7 @@ class ShardingPlan:
             return self.mapping.moe_ep_rank(rank)
         if shared is Shared.INNER:
             return self.mapping.moe_tp_rank(rank)
-        return rank * self.pieces(shared) // self.mapping.tp_size
+        return self.mapping.tp_rank(rank) * self.pieces(shared) // self.mapping.tp_size
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -139,7 +139,7 @@ class ShardingPlan:
     def copies(self, name: str) -> int:
         """How many ranks hold the same part of parameter `name`."""
         distinct = math.prod(self.pieces(shared) for _, shared in rule_of(name).cuts)
-        return self.mapping.tp_size // distinct
+        return len(self.mapping.ranks) // distinct
 
     def rank_parameters(self, rank: int) -> dict[str, int]:
         """Elements that `rank` holds of every parameter."""

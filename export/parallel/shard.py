@@ -15,7 +15,7 @@ Every rank's graph has the same nodes, inputs and outputs. Rules, each for the v
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -60,8 +60,8 @@ def verify_sharded(model: ir.Model, plan: ShardingPlan) -> None:
 
 class _Sharder:
     def __init__(self, graph: ir.Graph, plan: ShardingPlan, rank: int) -> None:
-        self.graph, self.plan, self.rank = graph, plan, rank
-        self.ranks = plan.mapping.tp_size
+        self.graph, self.plan, self.rank = graph, plan, plan.mapping.tp_rank(rank)
+        self.ranks, self.group = plan.mapping.tp_size, plan.mapping.tp_group(rank)
         self.cuts: dict[ir.Value, Cut] = {}
         elementwise: dict[str, Callable[[ir.Node, Cut], None]] = dict.fromkeys(ELEMENTWISE, self._elementwise)
         self.rules: dict[str, Callable[[ir.Node, Cut], None]] = elementwise | {
@@ -251,7 +251,7 @@ class _Sharder:
         first = ir.node("Transpose", [local], {"perm": [2, 0, 1]}, name="logits.vocabulary_first")
         first.outputs[0].name, first.outputs[0].type = "logits.vocabulary_first", local.type
         first.outputs[0].shape = ir.Shape([part, batch, positions])
-        gathered = all_gather(first.outputs[0], self.ranks)
+        gathered = all_gather(first.outputs[0], self.ranks, self.group)
         last = ir.node("Transpose", [gathered.outputs[0]], {"perm": [1, 2, 0]}, name="logits.gathered")
         assert isinstance(part, int)
         last.outputs[0].name, last.outputs[0].type = LOGITS, local.type
@@ -262,17 +262,17 @@ class _Sharder:
                 self.graph.outputs[index] = last.outputs[0]
         del self.cuts[local]
 
-    def _exchange(self, value: ir.Value, make: Callable[[ir.Value, int], ir.Node]) -> None:
+    def _exchange(self, value: ir.Value, make: Callable[[ir.Value, int, Sequence[int]], ir.Node]) -> None:
         """Let the users of `value` read what the collective makes of it."""
         uses = list(value.uses())
         result = self._insert_after(value, make)
         for use in uses:
             use.node.replace_input_with(use.idx, result)
 
-    def _insert_after(self, value: ir.Value, make: Callable[[ir.Value, int], ir.Node]) -> ir.Value:
+    def _insert_after(self, value: ir.Value, make: Callable[[ir.Value, int, Sequence[int]], ir.Node]) -> ir.Value:
         producer = value.producer()
         assert producer is not None
-        node = make(value, self.ranks)
+        node = make(value, self.ranks, self.group)
         self.graph.insert_after(producer, node)
         return node.outputs[0]
 

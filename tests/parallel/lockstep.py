@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from export.parallel.context import split_context
 from export.parallel.plan import ShardingPlan
 from export.parallel.shard import shard
 from export.parallel.weights import bind_rank_weights
@@ -56,9 +57,13 @@ class _Meeting:
 class DistCollective(OpRun):
     op_domain = ""
 
-    def _run(self, x, collective_operation=None, reduce_op=None, root=None, nb_rank=None):  # type: ignore[no-untyped-def]
+    def _run(self, x, collective_operation=None, reduce_op=None, root=None, nb_rank=None, groups=None, group_size=None):  # type: ignore[no-untyped-def]
         meeting, rank = _Meeting.current.here
         values = meeting.exchange(rank, x)
+        if groups is not None:
+            assert rank in groups
+            assert len(groups) == group_size
+            values = [values[other] for other in groups]
         assert len(values) == nb_rank
         assert root == -1
         if collective_operation == "all_gather":
@@ -109,7 +114,7 @@ class Ranks:
         self.plan, self.evaluators = plan, []
         source = MemorySource(model)
         for rank in plan.mapping.ranks:
-            mine = shard(graph, plan, rank)
+            mine = split_context(shard(graph, plan, rank), plan, rank)
             bind_rank_weights(mine, plan, rank, source)
             self.evaluators.append(ReferenceEvaluator(ir.to_proto(mine), new_ops=[MoE, DistCollective]))
 

@@ -16,6 +16,7 @@ from onnx_ir.passes.common import (
 
 from engines.onnxruntime.lowering.attention import LowerAttention
 from engines.onnxruntime.lowering.collectives import LowerCollectives
+from engines.onnxruntime.lowering.context_attention import LowerContextAttention
 from engines.onnxruntime.lowering.expert_range import LowerExpertRange
 from engines.onnxruntime.lowering.experts import GroupExperts
 from engines.onnxruntime.lowering.linear import LowerLinear
@@ -26,6 +27,7 @@ __all__ = [
     "GroupExperts",
     "LowerAttention",
     "LowerCollectives",
+    "LowerContextAttention",
     "LowerExpertRange",
     "LowerLinear",
     "LowerLinearAttention",
@@ -43,6 +45,7 @@ def lower(model: ir.Model) -> ir.Model:
     passes = ir.passes.Sequential(
         IdentityEliminationPass(),
         LowerAttention(),
+        LowerContextAttention(),
         LowerLinearAttention(),
         LowerLinear(),
         LowerCollectives(),

@@ -13,6 +13,8 @@ Rules:
 4. The same for the output.
 5. The scale is kept (default 1/sqrt(K) on both sides).
 
+6. Attention of a segment's queries (`context_attention`) is left alone.
+
 Limit that the session keeps: with several new tokens and a past, the kernel takes one row at a time.
 """
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from engines.onnxruntime.lowering.context_attention import is_of_segment
 from engines.rewrite import (
     CONTRIB,
     constant_before,
@@ -41,7 +44,7 @@ class LowerAttention(ir.passes.InPlacePass):
         modified = False
         lengths: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         for node in list(model.graph):
-            if node.op_type == "Attention" and node.domain == "":
+            if node.op_type == "Attention" and node.domain == "" and not is_of_segment(node):
                 _lower(node, lengths)
                 modified = True
         if modified:
