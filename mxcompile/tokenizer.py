@@ -31,9 +31,12 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, eos_token_ids: Sequence[int]) -> None:
         self._backend = backend
         self.eos_token_ids = tuple(eos_token_ids)
-        special = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        added = backend.get_added_tokens_decoder()
+        special = {i: token.content for i, token in added.items() if token.special}
         # Ids that never show in text.
         self.hidden = frozenset(i for i, content in special.items() if content != FUNCTION_CALL)
+        self._added = frozenset(added)
+        self._bytes = _letters_of_bytes() if type(backend.decoder).__name__ == "ByteLevel" else None
 
     @classmethod
     def find(cls, folder: str | Path) -> Tokenizer | None:
@@ -72,6 +75,17 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens` without special tokens, except the one that opens a function call."""
         return self._backend.decode([i for i in tokens if i not in self.hidden], skip_special_tokens=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for, which need not be whole characters; special tokens as they are written."""
+        text = self._backend.id_to_token(token)
+        if text is None:  # an id of a padded vocabulary
+            return b""
+        if token in self._added:
+            return text.encode()
+        if self._bytes is None:
+            return self._backend.decode([token], skip_special_tokens=False).encode()
+        return bytes(self._bytes[letter] for letter in text)
 
     def detokenizer(self) -> IncrementalDetokenizer:
         """A fresh incremental decoder for one sequence."""
@@ -116,6 +130,15 @@ class IncrementalDetokenizer:
         piece = text[self._shown :]
         self._shown = max(self._shown, len(text))
         return piece
+
+
+def _letters_of_bytes() -> dict[str, int]:
+    """The letters by which byte-level vocabularies write bytes: printable ones stand for themselves, the others, in
+    order, for the code points from 256 on (Radford et al. 2019, `encoder.py` of GPT-2).
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def _eos_token_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:

@@ -44,6 +44,12 @@ serving_options = together(
         help="Most requests that wait for a slot.",
     ),
     click.option(
+        "--max-queue-per-client",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Most requests of one client that wait for a slot.  [default: no limit of its own]",
+    ),
+    click.option(
         "--max-wait",
         "max_wait_s",
         type=click.FloatRange(min=0, min_open=True),

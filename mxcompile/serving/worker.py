@@ -15,21 +15,22 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engines.generation import GenerationConfig, GenerationError, TokenEvent
+from engines.generation import GenerationConfig, GenerationError
 from mxcompile.errors import MxcompileError
 from mxcompile.loading import LoadedEngine, load
 from mxcompile.serving.cache import MemoryBudget, SessionStore, StateCache
-from mxcompile.serving.requests import Event, Failed, Finished, Limits, Request, RequestError
+from mxcompile.serving.relay import Relay
+from mxcompile.serving.requests import MOST_ANSWERS, Limits, Request, RequestError
 from mxcompile.serving.scheduler import Scheduler, Ticket
 from mxcompile.serving.state_file import engine_digest
 from mxcompile.serving.wire import Wire
 
 logger = logging.getLogger("mxcompile.serving")
 METRICS_EVERY_S = 1.0
+MOST_LOGPROBS = 20  # alternatives to a token, as in OpenAI's API
 _TEXT_BYTES_PER_TOKEN = 64  # more than a prompt that fits can have, so that a longer one is refused unread
 
 
@@ -47,6 +48,7 @@ class Settings:
     max_wait_s: float = 60.0
     max_prompt_tokens: int | None = None
     prefill_budget: int | None = None
+    max_queue_per_client: int | None = None
 
 
 class Worker:
@@ -63,7 +65,13 @@ class Worker:
             cache = StateCache(budget, self._chunk, digest)
         self._scheduler = Scheduler(
             engine.session,
-            limits=Limits(settings.max_queue, settings.max_wait_s, settings.max_prompt_tokens, settings.prefill_budget),
+            limits=Limits(
+                settings.max_queue,
+                settings.max_wait_s,
+                settings.max_prompt_tokens,
+                settings.prefill_budget,
+                settings.max_queue_per_client,
+            ),
             detokenizer=engine.tokenizer.detokenizer if engine.tokenizer is not None else None,
             cache=cache,
             sessions=self._sessions,
@@ -132,23 +140,28 @@ class Worker:
             self._scheduler.cancel(ticket)
 
     def _generate(self, message: dict[str, Any]) -> None:
-        number = message["id"]
-        relay = Relay(number, bool(message.get("stream")), self._emit)
+        named = {"request_id": message.get("request_id", ""), "client": message.get("client_id", "")}
+        relay = Relay(message["id"], self._emit, **named)
         try:
-            request = self._request(message, relay)
+            relay, request = self._request(message, named)
             # A request may end before its ticket is noted: only `emit`, which drops the note, needs the same lock.
             with self._lock:
-                self._tickets[number] = self._scheduler.submit(request)
+                self._tickets[message["id"]] = self._scheduler.submit(request)
         except (RequestError, GenerationError, MxcompileError) as error:
             kind = error.kind if isinstance(error, RequestError) else "invalid"
-            text = str(error).replace("max_new_tokens", "max_tokens").replace("stop_strings", "stop_words")
-            self._emit([{"is": "failed", "id": number, "kind": kind, "message": text}])
+            relay.refuse(kind, str(error).replace("max_new_tokens", "max_tokens").replace("stop_strings", "stop_words"))
 
-    def _request(self, message: dict[str, Any], emit: Callable[[Event], None]) -> Request:
+    def _request(self, message: dict[str, Any], named: dict[str, str]) -> tuple[Relay, Request]:
         text, ids = message.get("text_input"), message.get("input_ids")
         given = [value for value in (text, ids) if value is not None]
         if len(given) != 1:
             raise RequestError("give either text_input or input_ids")
+        answers = message.get("n", 1)
+        if not 1 <= answers <= MOST_ANSWERS:
+            raise RequestError(f"n must be between 1 and {MOST_ANSWERS}, not {answers}")
+        top = message.get("top_log_probs")
+        if top is not None and not 0 <= top <= MOST_LOGPROBS:
+            raise RequestError(f"top_log_probs must be between 0 and {MOST_LOGPROBS}, not {top}")
         stops = [] if message.get("end_id") == -1 else [message["end_id"]] if "end_id" in message else None
         config = GenerationConfig(
             max_new_tokens=message.get("max_tokens", 128),
@@ -156,63 +169,52 @@ class Worker:
             top_k=message.get("top_k", 0),
             top_p=message.get("top_p", 1.0),
             repetition_penalty=message.get("repetition_penalty", 1.0),
+            presence_penalty=message.get("presence_penalty", 0.0),
+            frequency_penalty=message.get("frequency_penalty", 0.0),
             seed=message.get("seed", 0),
             stop_token_ids=self._engine.eos_token_ids if stops is None else tuple(stops),
             stop_strings=tuple(message.get("stop_words", ())),
-            logprobs=0 if message.get("return_log_probs") else None,
+            logprobs=top if top is not None else 0 if message.get("return_log_probs") else None,
         )
+        tokenizer = self._engine.tokenizer
         prompt = self._engine.tokens(given[0])
-        return Request(prompt, config, emit, message.get("session_id"), bool(message.get("session_start")))
+        prefix = ""
+        if message.get("echo"):
+            if tokenizer is None:
+                raise RequestError("echo needs a tokenizer, which this engine was built without")
+            prefix = text if text is not None else tokenizer.decode(prompt)
+        relay = Relay(
+            message["id"],
+            self._emit,
+            stream=bool(message.get("stream")),
+            answers=answers,
+            details=False if top is None else tokenizer or True,
+            prefix=prefix,
+            **named,
+        )
+        request = Request(
+            prompt,
+            config,
+            relay.of(0),
+            session=message.get("session_id"),
+            session_start=bool(message.get("session_start")),
+            client=named["client"],
+            # Each further answer has the next seed, so that it can be had alone.
+            others=tuple(
+                (dataclasses.replace(config, seed=(config.seed + index) % 2**64), relay.of(index))
+                for index in range(1, answers)
+            ),
+        )
+        return relay, request
 
     def _emit(self, messages: list[dict[str, Any]]) -> None:
         with self._lock:
             self._out += messages
             for message in messages:
-                if message["is"] in ("end", "failed"):
+                if message["is"] == "failed" or message.get("final"):
                     self._tickets.pop(message["id"], None)
         if threading.current_thread() is not threading.main_thread():
             self._flush()  # a refusal: the scheduler may be asleep
-
-
-class Relay:
-    """Turns one request's events into messages; a streamed request's last token travels with its end."""
-
-    def __init__(self, number: int, stream: bool, send: Callable[[list[dict[str, Any]]], None]) -> None:
-        self._number, self._stream, self._send = number, stream, send
-        self._arrived = time.monotonic()
-        self._first: float | None = None
-        self._last: TokenEvent | None = None
-
-    def __call__(self, event: Event) -> None:
-        match event:
-            case TokenEvent():
-                self._first = self._first or time.monotonic() - self._arrived
-                self._last = event
-                if self._stream and event.finish_reason is None:
-                    logs = [event.logprobs.chosen] if event.logprobs is not None else []
-                    self._send_one({"is": "token", "text": event.text, "ids": [event.token], "log_probs": logs})
-            case Finished(result, cached):
-                text, ids = result.text or "", result.tokens
-                logs = [entry.chosen for entry in result.logprobs]
-                if self._stream:
-                    assert self._last is not None
-                    is_stop = isinstance(result.stop_reason, int)
-                    text, ids, logs = self._last.text, [] if is_stop else ids[-1:], [] if is_stop else logs[-1:]
-                ends = {"finish_reason": result.finish_reason, "prompt_tokens": result.prompt_tokens}
-                ends |= {"cached_tokens": cached, "output_tokens": len(result.tokens)}
-                self._log(**ends)
-                self._send_one({"is": "end", "text": text, "ids": ids, "log_probs": logs} | ends)
-            case Failed(kind, message):
-                self._log(finish_reason=kind)
-                self._send_one({"is": "failed", "kind": kind, "message": message})
-
-    def _send_one(self, message: dict[str, Any]) -> None:
-        self._send([message | {"id": self._number}])
-
-    def _log(self, **values: Any) -> None:
-        seconds = {"first_token_s": self._first, "total_s": time.monotonic() - self._arrived}
-        seconds = {name: round(value, 4) for name, value in seconds.items() if value is not None}
-        logger.info(json.dumps({"event": "request", "id": self._number} | values | seconds))
 
 
 def main() -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
-import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
 
 import httpx
 from fastapi import FastAPI, Request, Response
@@ -17,20 +17,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from mxcompile.errors import MxcompileError
-from mxcompile.serving.openai.bodies import ChatBody, Common, CompletionBody
+from mxcompile.serving.openai.bodies import REASONS, ChatBody, Common, CompletionBody
+from mxcompile.serving.openai.choices import ChatChoice, Choice, TextChoice, usage
+from mxcompile.serving.openai.door import Door, error_body
+from mxcompile.serving.openai.triton import Answer, ApiError
 
-LARGEST_BODY = 16 << 20  # bytes
-_KINDS = {400: "invalid_request_error", 404: "invalid_request_error", 413: "invalid_request_error"}
-_STATUS = {"unavailable": 503, "internal": 500, "cancelled": 499}
-Shape = Callable[[str, str | None, bool], dict[str, Any]]  # text, finish reason, streamed -> one choice
-
-
-class ApiError(Exception):
-    """An answer that is an error."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status, self.message = status, message
+CLIENT_HEADER = "x-client-id"
+_LONGEST_CLIENT = 128  # characters of a client's name that count
+T = TypeVar("T")
 
 
 def create_app(triton: str, metrics: str, model: str) -> FastAPI:
@@ -44,36 +38,28 @@ def create_app(triton: str, metrics: str, model: str) -> FastAPI:
             yield
 
     app = FastAPI(title="mxcompile", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Door)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(_error(error.status, error.message), error.status)
+        return JSONResponse(error_body(error.status, error.message, error.param), error.status)
 
     @app.exception_handler(MxcompileError)
     async def input_error(request: Request, error: MxcompileError) -> JSONResponse:
-        return JSONResponse(_error(400, str(error)), 400)
+        field, colon, _ = str(error).partition(": ")
+        return JSONResponse(error_body(400, str(error), field if colon and " " not in field else None), 400)
 
     @app.exception_handler(RequestValidationError)
     async def body_error(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        known = first["type"] == "extra_forbidden"
-        message = f"{where}: not supported here" if known else f"{where or 'body'}: {first['msg']}"
-        return JSONResponse(_error(400, message), 400)
+        unknown = first["type"] == "extra_forbidden"
+        message = REASONS.get(where, "not supported here") if unknown else first["msg"]
+        return JSONResponse(error_body(400, f"{where or 'body'}: {message}", where or None), 400)
 
     @app.exception_handler(httpx.TransportError)
     async def no_triton(request: Request, error: httpx.TransportError) -> JSONResponse:
-        return JSONResponse(_error(503, "the engine server cannot be reached; try again in a moment"), 503)
-
-    @app.middleware("http")
-    async def limit_body(request: Request, answer: Any) -> Response:
-        length = request.headers.get("content-length", "")
-        if request.method == "POST" and (not length.isdigit() or int(length) > LARGEST_BODY):
-            status = 413 if length.isdigit() else 411
-            message = f"a request must say the length of its body, and that may be {LARGEST_BODY} bytes at most"
-            return JSONResponse(_error(status, message), status)
-        found: Response = await answer(request)
-        return found
+        return JSONResponse(error_body(503, "the engine server cannot be reached; try again in a moment"), 503)
 
     @app.get("/health/live")
     async def live() -> PlainTextResponse:
@@ -101,77 +87,147 @@ def create_app(triton: str, metrics: str, model: str) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
-        return await answer(body, request, "chat.completion", _chat_choice)
+        tools = body.tool_use()
+        return await answer(body, request, "chat.completion", lambda index: ChatChoice(index, tools))
 
     @app.post("/v1/completions")
     async def complete(body: CompletionBody, request: Request) -> Response:
-        return await answer(body, request, "text_completion", _text_choice)
+        return await answer(body, request, "text_completion", TextChoice)
 
     def _check_model(name: str) -> None:
         if name != model:
-            raise ApiError(404, f"there is no model {name!r}; this server has {model!r}")
+            raise ApiError(404, f"there is no model {name!r}; this server has {model!r}", "model")
 
-    async def answer(body: Common, request: Request, kind: str, shape: Shape) -> Response:
+    async def answer(body: Common, request: Request, kind: str, make: Callable[[int], Choice]) -> Response:
         _check_model(body.model)
         prefix = "chatcmpl" if kind == "chat.completion" else "cmpl"
         head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        tensors = body.tensors() | {"stream": body.stream}
-        if not body.stream:
-            found = await _unless_left(request, client.post(f"/v2/models/{model}/generate", json=tensors))
-            values = _values(found.status_code, found.text)
-            choice = shape(values["text_output"], values["finish_reason"], False)
-            return JSONResponse(head | {"object": kind, "choices": [choice], "usage": _usage(values)})
-        sent = client.build_request("POST", f"/v2/models/{model}/generate_stream", json=tensors)
-        stream = await client.send(sent, stream=True)
-        if stream.status_code != 200:
-            text = (await stream.aread()).decode(errors="replace")
-            await stream.aclose()
-            raise _refusal(stream.status_code, text)
-        head["object"] = "chat.completion.chunk" if kind == "chat.completion" else kind
-        wants_usage = body.stream_options is not None and body.stream_options.include_usage
-        return StreamingResponse(_chunks(stream, head, shape, wants_usage), media_type="text/event-stream")
+        named = {"request_id": request.state.request_id}
+        if who := _client(request, body):
+            named["client_id"] = who
+        asked = [tensors | named for tensors in body.requests()]
+        choices = [make(index) for index in range(len(asked) * body.answers)]
+        answers = await _unless_left(request, _ask_all(client, model, asked))
+        merged = _merge(answers, body.answers)
+        if body.stream:
+            head["object"] = "chat.completion.chunk" if kind == "chat.completion" else kind
+            wants_usage = body.stream_options is not None and body.stream_options.include_usage
+            events = _events(merged, head, choices, body.answers, wants_usage)
+            return _Stream(events, answers)
+        ends = await _unless_left(request, _collect(merged))
+        found = [choice.whole(values) for choice, (_, values) in zip(choices, sorted(ends.items()), strict=True)]
+        totals = usage(list(ends.values()), body.answers)
+        return JSONResponse(head | {"object": kind, "choices": found, "usage": totals})
 
     return app
 
 
-async def _chunks(stream: httpx.Response, head: dict[str, Any], shape: Shape, wants_usage: bool) -> AsyncIterator[str]:
-    """Triton's events as the API's; leaving early closes the connection, which cancels the request."""
+def _client(request: Request, body: Common) -> str:
+    """Whom to be fair to: what a proxy says, else what the body says, else who has this API key."""
+    key = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+    hashed = f"key:{hashlib.sha256(key.encode()).hexdigest()[:16]}" if key else ""
+    return (request.headers.get(CLIENT_HEADER) or body.client or hashed)[:_LONGEST_CLIENT]
+
+
+async def _ask_all(client: httpx.AsyncClient, model: str, asked: list[dict[str, Any]]) -> list[Answer]:
+    """Send all requests; when one is refused, the others are given up."""
+    tasks = [asyncio.ensure_future(Answer.ask(client, model, tensors)) for tensors in asked]
     try:
-        if head["object"] == "chat.completion.chunk":
-            opening = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-            yield _event(head | {"choices": [opening]})
-        async for line in stream.aiter_lines():
-            _acknowledge(stream)
-            if not line.startswith("data:"):
-                continue
-            values = json.loads(line[5:])
-            if "error" in values:
-                refusal = _refusal(500, line)
-                yield _event(_error(refusal.status, refusal.message))
-                return
-            finish = values.get("finish_reason")
-            if values["text_output"] or finish:
-                yield _event(head | {"choices": [shape(values["text_output"], finish, True)]})
-            if finish and wants_usage:
-                yield _event(head | {"choices": [], "usage": _usage(values)})
-        yield "data: [DONE]\n\n"
-    except httpx.TransportError:
-        yield _event(_error(503, "the engine server ended; try again in a moment"))
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        for done in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(done, Answer):
+                await done.close()
+        raise
+
+
+async def _merge(answers: list[Answer], each: int) -> AsyncIterator[tuple[int, dict[str, Any]]]:
+    """Index of the choice and outputs of each response, as they come; ending this closes all."""
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        if len(answers) == 1:
+            async for values in answers[0]:
+                yield values.get("choice_index", 0), values
+            return
+        arrived: asyncio.Queue[tuple[int, dict[str, Any]] | Exception | None] = asyncio.Queue()
+
+        async def pump(index: int, answer: Answer) -> None:
+            try:
+                async for values in answer:
+                    arrived.put_nowait((index * each + values.get("choice_index", 0), values))
+                arrived.put_nowait(None)
+            except Exception as error:  # of whoever reads
+                arrived.put_nowait(error)
+
+        tasks = [asyncio.ensure_future(pump(index, answer)) for index, answer in enumerate(answers)]
+        left = len(tasks)
+        while left:
+            got = await arrived.get()
+            if isinstance(got, Exception):
+                raise got
+            if got is None:
+                left -= 1
+            else:
+                yield got
     finally:
-        await stream.aclose()
+        for task in tasks:
+            task.cancel()
+        for answer in answers:
+            await answer.close()
 
 
-def _acknowledge(stream: httpx.Response) -> None:
-    """Acknowledge what came at once. Triton leaves Nagle's algorithm on, which holds the next token back until then;
-    the system would wait 40 ms. It forgets this option, so it is set each time.
-    """
-    receiver = stream.extensions["network_stream"].get_extra_info("socket")
-    if hasattr(socket, "TCP_QUICKACK"):  # Linux
-        receiver.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+class _Stream(StreamingResponse):
+    """Server-sent events; closes the requests behind them even when the client left before the first event."""
+
+    def __init__(self, events: AsyncIterator[str], answers: list[Answer]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._answers = answers
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for answer in self._answers:
+                await answer.close()
 
 
-async def _unless_left(request: Request, work: Any) -> httpx.Response:
-    """The response to `work`, which is given up when the client leaves: Triton then sees its connection close."""
+async def _collect(merged: AsyncIterator[tuple[int, dict[str, Any]]]) -> dict[int, dict[str, Any]]:
+    """The one response of each answer that is not streamed."""
+    async with contextlib.aclosing(merged) as source:  # type: ignore[type-var]
+        return {index: values async for index, values in source}
+
+
+async def _events(
+    merged: AsyncIterator[tuple[int, dict[str, Any]]],
+    head: dict[str, Any],
+    choices: list[Choice],
+    each: int,
+    wants_usage: bool,
+) -> AsyncIterator[str]:
+    """Triton's events as the API's; leaving early closes the connections, which cancels the request."""
+    ends = []
+    more = {"usage": None} if wants_usage else {}
+    async with contextlib.aclosing(merged) as source:  # type: ignore[type-var]
+        try:
+            for choice in choices:
+                for piece in choice.opening():
+                    yield _event(head | {"choices": [piece]} | more)
+            async for index, values in source:
+                for piece in choices[index].pieces(values):
+                    yield _event(head | {"choices": [piece]} | more)
+                if values.get("finish_reason"):
+                    ends.append(values)
+            if wants_usage:
+                yield _event(head | {"choices": [], "usage": usage(ends, each)})
+            yield "data: [DONE]\n\n"
+        except ApiError as error:
+            yield _event(error_body(error.status, error.message))
+
+
+async def _unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is given up when the client leaves: Triton then sees its connection close."""
 
     async def left() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -182,56 +238,13 @@ async def _unless_left(request: Request, work: Any) -> httpx.Response:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ApiError(499, "the client closed the connection")
-        found: httpx.Response = task.result()
-        return found
+        return task.result()
     finally:
-        task.cancel()
         gone.cancel()
-
-
-def _values(status: int, text: str) -> dict[str, Any]:
-    if status != 200:
-        raise _refusal(status, text)
-    values: dict[str, Any] = json.loads(text)
-    if "error" in values:
-        raise _refusal(500, text)
-    return values
-
-
-def _refusal(status: int, text: str) -> ApiError:
-    """The error in one of Triton's error bodies, with the status that its kind has (see triton/model.py: fail)."""
-    try:
-        message = str(json.loads(text.removeprefix("data:").strip())["error"])
-    except (ValueError, KeyError, TypeError):
-        return ApiError(status, text.strip()[:500] or "the engine server gave no reason")
-    kind, _, rest = message.partition(": ")
-    return ApiError(_STATUS[kind], rest) if kind in _STATUS else ApiError(status, message)
-
-
-def _error(status: int, message: str) -> dict[str, Any]:
-    kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
-
-
-def _usage(values: dict[str, Any]) -> dict[str, Any]:
-    asked, made = values["num_input_tokens"], values["num_output_tokens"]
-    details = {"cached_tokens": min(values["num_cached_tokens"], asked)}
-    return {
-        "prompt_tokens": asked,
-        "completion_tokens": made,
-        "total_tokens": asked + made,
-        "prompt_tokens_details": details,
-    }
-
-
-def _chat_choice(text: str, finish: str | None, streamed: bool) -> dict[str, Any]:
-    if streamed:
-        return {"index": 0, "delta": {"content": text}, "finish_reason": finish}
-    return {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
-
-
-def _text_choice(text: str, finish: str | None, streamed: bool) -> dict[str, Any]:
-    return {"index": 0, "text": text, "finish_reason": finish, "logprobs": None}
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
 
 
 def _event(values: dict[str, Any]) -> str:

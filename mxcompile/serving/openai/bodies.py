@@ -5,14 +5,51 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mxcompile.chat import render
 from mxcompile.errors import MxcompileError
+from mxcompile.serving.openai.tools import ToolUse, conversation, tool_use
 
 NO_LIMIT = 2**31 - 1  # the engine stops at its own length
 COMPLETION_TOKENS = 16  # what the API does without max_tokens
-ONE_PROMPT = "give one prompt per request: a text, or a list of token ids"
+MOST_PROMPTS = 128
+
+# Fields that ask for nothing when they have one of these values. With others they are refused.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "best_of": (None, 1),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "metadata": (None, {}),
+    "modalities": (None, ["text"]),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "response_format": (None, {"type": "text"}),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "suffix": (None, ""),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+# What is said of a field that is refused; the others are "not supported here".
+REASONS = {
+    "audio": "this model reads and writes text only",
+    "best_of": "only 1 is supported; ask for n answers with logprobs and choose among them",
+    "function_call": "not supported here; use tool_choice",
+    "functions": "not supported here; use tools",
+    "modalities": 'only ["text"]: this model reads and writes text only',
+    "reasoning_effort": "this model has no setting for it",
+    "response_format": 'only {"type": "text"} is supported: there is no constrained decoding here; use tools, or ask '
+    "for JSON in the prompt and check what comes",
+    "store": "nothing is stored here",
+    "suffix": "this model cannot fill in the middle of a text",
+    "verbosity": "this model has no setting for it",
+}
+
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Count = Annotated[int, Field(ge=1, le=NO_LIMIT)]
 
 
 class StreamOptions(BaseModel):
@@ -33,21 +70,53 @@ class Common(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     top_k: Annotated[int, Field(ge=0)] | None = 0
     repetition_penalty: Annotated[float, Field(gt=0)] | None = 1.0
-    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    presence_penalty: Penalty | None = 0.0
+    frequency_penalty: Penalty | None = 0.0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: str | list[str] | None = None
-    n: Annotated[int, Field(ge=1, le=1)] | None = 1
-    user: str | None = None  # a name for the client's own use; nothing depends on it
+    n: Annotated[int, Field(ge=1, le=128)] | None = 1
+    user: str | None = None  # whom to be fair to
+    safety_identifier: str | None = None  # the new name of `user`
+    prompt_cache_key: str | None = None  # a hint where to look; prefixes are found by their tokens here
 
-    def tensors(self) -> dict[str, Any]:
-        """The fields of Triton's generate request, without prompt and length."""
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if name not in NEUTRAL or value not in NEUTRAL[name]}
+
+    @property
+    def client(self) -> str:
+        """Who asks, as far as the body says."""
+        return self.safety_identifier or self.user or ""
+
+    @property
+    def answers(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    def requests(self) -> list[dict[str, Any]]:
+        """The fields of Triton's generate request for each prompt."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """Those of them that neither prompt nor length are part of."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         values: dict[str, Any] = {
+            "stream": self.stream,
             "temperature": 1.0 if self.temperature is None else self.temperature,
-            "top_p": self.top_p or 1.0,
-            "top_k": self.top_k or 0,
-            "repetition_penalty": self.repetition_penalty or 1.0,
-            "seed": secrets.randbits(63) if self.seed is None else self.seed,
+            "seed": secrets.randbits(63) if self.seed is None else self.seed % 2**64,
         }
+        others = {
+            "top_p": 1.0,
+            "top_k": 0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+        }
+        values |= {name: getattr(self, name) for name, off in others.items() if getattr(self, name) not in (None, off)}
+        values |= {"n": self.answers} if self.answers > 1 else {}
         return values | ({"stop_words": stops} if stops else {})
 
 
@@ -55,33 +124,60 @@ class ChatBody(Common):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, le=NO_LIMIT)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=NO_LIMIT)] | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
-    def tensors(self) -> dict[str, Any]:
-        """As above, with the conversation as the model was trained on it."""
-        limit = self.max_completion_tokens or self.max_tokens or NO_LIMIT
-        return super().tensors() | {"text_input": render(self.messages), "max_tokens": limit}
+    def tool_use(self) -> ToolUse:
+        """What is said of tools."""
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    def requests(self) -> list[dict[str, Any]]:
+        """One request, with the conversation as the model was trained on it."""
+        tools = self.tool_use()
+        values = self.settings() | {
+            "text_input": render(conversation(self.messages), tools.definitions) + tools.forced,
+            "max_tokens": self.max_completion_tokens or self.max_tokens or NO_LIMIT,
+        }
+        if self.top_logprobs is not None and not self.logprobs:
+            raise MxcompileError("top_logprobs: needs logprobs: true")
+        return [values | ({"top_log_probs": self.top_logprobs or 0} if self.logprobs else {})]
 
 
 class CompletionBody(Common):
     """POST /v1/completions. `session_id` and `session_start` are additions of this server."""
 
-    prompt: str | list[int] | list[str]
-    max_tokens: Annotated[int, Field(ge=1, le=NO_LIMIT)] | None = COMPLETION_TOKENS
+    prompt: str | list[int] | list[str] | list[list[int]]
+    max_tokens: Count | None = COMPLETION_TOKENS
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = False
     session_id: str | None = None
     session_start: bool = False
 
-    def tensors(self) -> dict[str, Any]:
-        values = super().tensors() | {"max_tokens": self.max_tokens or COMPLETION_TOKENS}
-        if isinstance(self.prompt, str):
-            values["text_input"] = self.prompt
-        elif len(self.prompt) == 1 and isinstance(self.prompt[0], str):
-            values["text_input"] = self.prompt[0]
-        elif self.prompt and all(isinstance(part, int) for part in self.prompt):
-            values["input_ids"] = self.prompt
-        else:
-            raise MxcompileError(ONE_PROMPT)
+    def requests(self) -> list[dict[str, Any]]:
+        """A request for each prompt."""
+        prompts: list[Any] = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+        if prompts and isinstance(prompts[0], int):
+            prompts = [prompts]
+        if not 1 <= len(prompts) <= MOST_PROMPTS:
+            raise MxcompileError(f"prompt: give 1 to {MOST_PROMPTS} of them, not {len(prompts)}")
+        more: dict[str, Any] = {"max_tokens": self.max_tokens or COMPLETION_TOKENS}
+        if self.echo and self.logprobs is not None:
+            raise MxcompileError("echo: not with logprobs: the prompt's own log-probabilities are not computed here")
+        if self.echo:
+            more["echo"] = True
+        if self.logprobs is not None:
+            more["top_log_probs"] = self.logprobs
         if self.session_id is not None:
-            values |= {"session_id": self.session_id, "session_start": self.session_start}
-        return values
+            if len(prompts) > 1:
+                raise MxcompileError("session_id: a session takes one prompt at a time")
+            more |= {"session_id": self.session_id, "session_start": self.session_start}
+        found = []
+        for prompt in prompts:
+            name = "text_input" if isinstance(prompt, str) else "input_ids"
+            found.append(self.settings() | more | {name: prompt})
+        return found

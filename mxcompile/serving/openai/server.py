@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
+import sys
 import threading
 import time
 from types import TracebackType
@@ -12,6 +14,7 @@ import uvicorn
 
 from mxcompile.errors import EnvironmentProblem
 from mxcompile.serving.openai.app import create_app
+from mxcompile.serving.openai.door import logger
 
 _START_S = 30.0
 
@@ -32,6 +35,10 @@ class FrontServer:
             create_app(triton, metrics, model), log_level="warning", timeout_graceful_shutdown=max(drain_s, 1)
         )
         self._server = uvicorn.Server(config)
+        if not logger.handlers:
+            logger.addHandler(logging.StreamHandler(sys.stderr))
+            logger.setLevel(logging.INFO)
+            logger.propagate = False
         # Signals are the main thread's; uvicorn takes them only when it runs there.
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
 

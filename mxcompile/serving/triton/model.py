@@ -20,7 +20,13 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from wire import Wire
 
 # Names in pb_utils.TritonError, which exists only once the model is initialized.
-CODES = {"invalid": "INVALID_ARG", "unavailable": "UNAVAILABLE", "cancelled": "CANCELLED", "internal": "INTERNAL"}
+CODES = {
+    "invalid": "INVALID_ARG",
+    "limited": "UNAVAILABLE",
+    "unavailable": "UNAVAILABLE",
+    "cancelled": "CANCELLED",
+    "internal": "INTERNAL",
+}
 SCALARS = {
     "stream": bool,
     "max_tokens": int,
@@ -28,16 +34,22 @@ SCALARS = {
     "top_k": int,
     "top_p": float,
     "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
     "seed": int,
     "end_id": int,
     "return_log_probs": bool,
+    "top_log_probs": int,
+    "n": int,
+    "echo": bool,
     "session_start": bool,
 }
-TEXTS = ("text_input", "session_id")
+TEXTS = ("text_input", "session_id", "client_id", "request_id")
 POLL_CANCELLED_S = 0.05
 START_LIMIT_S = 600.0
 DRAIN_LIMIT_S = 60.0
 LONGEST_PAUSE_S = 30.0
+READY, RESTARTS = ("engine_ready", ()), ("engine_restarts_total", ())
 
 
 class Refused(Exception):
@@ -63,6 +75,7 @@ class TritonPythonModel:
         self._drained = threading.Event()
         self._metrics = Metrics(args["model_name"])
         self._process, self._wire, self._engine = self._start()
+        self._metrics.ready(True)
         threading.Thread(target=self._listen, daemon=True).start()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -151,6 +164,7 @@ class TritonPythonModel:
         with self._lock:
             self._wire = None
             lost, self._live = self._live, {}
+        self._metrics.ready(False)
         for sender in lost.values():
             fail(sender, "unavailable", "the engine process ended; it is being started again, try again in a moment")
         stop(self._process)
@@ -167,10 +181,12 @@ class TritonPythonModel:
                 with self._lock:
                     self._wire = wire
                 self._metrics.restarted()
+                self._metrics.ready(True)
                 return
 
     def _answer(self, message):
-        number, final = message["id"], message["is"] != "token"
+        number, ended = message["id"], message["is"] == "end"
+        final = ended and message["final"]  # of several answers only the last one to end is
         if message["is"] == "failed":
             with self._lock:
                 sender = self._live.pop(number, None)
@@ -183,7 +199,12 @@ class TritonPythonModel:
         ]
         if message["log_probs"]:
             tensors.append(pb_utils.Tensor("output_log_probs", np.array(message["log_probs"], np.float32)))
-        if final:
+        if message.get("details"):
+            details = [detail.encode() for detail in message["details"]]
+            tensors.append(pb_utils.Tensor("token_details", np.array(details, np.object_)))
+        if "choice" in message:
+            tensors.append(pb_utils.Tensor("choice_index", np.array([message["choice"]], np.int32)))
+        if ended:
             tensors.append(pb_utils.Tensor("finish_reason", np.array([message["finish_reason"].encode()], np.object_)))
             for name, key in (
                 ("num_input_tokens", "prompt_tokens"),
@@ -245,6 +266,10 @@ class TritonPythonModel:
                 value = array.reshape(-1)[0]
                 # The shortest decimal of a float32: 0.7 means 0.7, as it does on the command line.
                 message[name] = float(str(value)) if SCALARS[name] is float else SCALARS[name](value)
+        if request.request_id():
+            message.setdefault("request_id", request.request_id())
+        if request.correlation_id():
+            message.setdefault("client_id", f"correlation id {request.correlation_id()}")
         longest = self._engine["max_text_bytes"]
         if len(message.get("text_input", "")) > longest or len(message.get("input_ids", ())) > longest:
             raise Refused(f"the prompt is too long: the engine holds at most {self._engine['max_seq_len']} tokens")
@@ -272,7 +297,18 @@ class Metrics:
                     self._values[key] = (metric, value + self._past.get(key, 0))
 
     def restarted(self):
+        """Counters of the new engine process start at 0."""
         self._past = {key: value for key, (_, value) in self._values.items()}
+        metric, before = self._metric("counter", "engine_restarts_total", {}, RESTARTS)
+        metric.increment(1)
+        self._values[RESTARTS] = (metric, before + 1)
+
+    def ready(self, is_ready):
+        """Triton cannot be told that a model does not answer for a while: this gauge tells it."""
+        self._metric("gauge", "engine_ready", {}, READY)[0].set(int(is_ready))
+        if not is_ready:
+            for name in ("active_requests", "waiting_requests"):  # they ended with the process
+                self._metric("gauge", name, {}, (name, ()))[0].set(0)
 
     def _metric(self, kind, name, labels, key):
         if key not in self._values:
