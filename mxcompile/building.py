@@ -23,9 +23,7 @@ from mxcompile.progress import Progress, SilentProgress, Stage, StageClock
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from engines.onnxruntime.build import BuildRequest
     from export.parallel.plan import ShardingPlan
-    from model_defs.checkpoint.reader import Checkpoint
     from model_defs.config import ModelConfig
 
 TARGET_DTYPES = {
@@ -75,6 +73,7 @@ def build(
     tp_size: int = 1,
     moe_tp_size: int | None = None,
     moe_ep_size: int | None = None,
+    build_jobs: int | None = None,
     threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -90,6 +89,7 @@ def build(
         prefill_chunk: tokens of one piece of a long prompt; default: the target's.
         tp_size, moe_tp_size, moe_ep_size: ranks that share the model, and how they share the experts
             (`export.parallel.mapping`).
+        build_jobs: ranks to build at a time, for ONNX Runtime; default: as many as cores and memory allow.
         threads: CPU threads; default: the CPUs this process may use.
         force: replace an engine that is at `output`.
 
@@ -103,11 +103,11 @@ def build(
     if dtype not in TARGET_DTYPES[target]:
         known = TARGET_DTYPES[target]
         raise MxcompileError(f"the target {target} runs {', '.join(known)}, not {dtype}; build with --dtype {known[0]}")
+    if build_jobs is not None and (build_jobs < 1 or target != "onnxruntime"):
+        raise MxcompileError(
+            "--build-jobs is a number of ranks, at least 1, to build at a time for the target onnxruntime"
+        )
     if target != "onnxruntime":
-        if tp_size > 1:
-            raise MxcompileError(
-                f"the target {target} builds for one rank; leave --tp-size out, or build for onnxruntime"
-            )
         from mxcompile.tensorrt_building import build_tensorrt
 
         return build_tensorrt(
@@ -121,12 +121,16 @@ def build(
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
             prefill_chunk=prefill_chunk,
+            tp_size=tp_size,
+            moe_tp_size=moe_tp_size,
+            moe_ep_size=moe_ep_size,
             force=force,
             progress=progress,
         )
     if gpu is not None or strip_weights:
         raise MxcompileError(f"--gpu and --strip-weights are for the TensorRT targets, not for {target}")
-    clock = StageClock(progress or SilentProgress())
+    shown = progress or SilentProgress()
+    clock = StageClock(shown)
     with EngineDirWriter(output, force=force) as writer:
         with clock.stage("read"):
             opened, config = open_checkpoint(Path(checkpoint), layers)
@@ -152,12 +156,15 @@ def build(
             versions=_versions(),
             mapping=EngineMapping(**dataclasses.asdict(plan.mapping)),
         )
-        with StageByName(clock) as report:
-            if tp_size == 1:
+        if tp_size == 1:
+            with StageByName(clock) as report:
                 referenced = referenced_bytes(model)
                 engine = build_engine(model, writer, request, report)
-            else:
-                engine, referenced = _build_ranks(model, plan, opened, writer, request, report)
+        else:
+            from mxcompile.rank_building import build_ranks
+
+            with clock.stage("ranks"):
+                engine, referenced = build_ranks(model, plan, opened.folder, writer, request, shown, build_jobs)
         with clock.stage("build"):
             for file in opened.tokenizer_files:
                 writer.add(file.name, file)
@@ -212,31 +219,6 @@ def _sharding_plan(config: ModelConfig, tp_size: int, moe_tp_size: int | None, m
 
         find_launcher()
     return plan
-
-
-def _build_ranks(
-    model: ir.Model,
-    plan: ShardingPlan,
-    checkpoint: Checkpoint,
-    writer: EngineDirWriter,
-    request: BuildRequest,
-    report: StageByName,
-) -> tuple[EngineConfig, int]:
-    """All ranks' files from one trace; also the bytes that stay in the checkpoint, of all ranks together."""
-    from engines.parallel.build import build_ranks
-    from export.parallel.shard import shard
-    from export.parallel.weights import bind_rank_weights
-
-    referenced = 0
-
-    def graph_of(rank: int) -> ir.Model:
-        nonlocal referenced
-        mine = shard(model, plan, rank)
-        bind_rank_weights(mine, plan, rank, checkpoint)
-        referenced += referenced_bytes(mine)
-        return mine
-
-    return build_ranks(graph_of, writer, request, report), referenced
 
 
 class StageByName:

@@ -7,20 +7,27 @@ import hashlib
 import json
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from engines.config import Checkpoint as CheckpointReference
 from engines.config import EngineConfig
+from engines.config import Mapping as EngineMapping
 from engines.directory import EngineDirWriter, read_config, verify_files
 from engines.errors import EngineError
 from engines.tensorrt.gpus import Gpu, find_gpu
 from mxcompile import __version__
 from mxcompile.building import BuildSummary, StageByName, check_limits, engine_sizes, referenced_bytes
 from mxcompile.errors import EnvironmentProblem, MxcompileError
-from mxcompile.exporting import bound_graph, open_checkpoint, peak_memory
+from mxcompile.exporting import graph, open_checkpoint, peak_memory
 from mxcompile.progress import Progress, SilentProgress, StageClock
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from engines.tensorrt.build import BuildRequest
+    from export.parallel.plan import ShardingPlan
+    from export.weights import Source
+    from model_defs.checkpoint.reader import Checkpoint
     from model_defs.config import ModelConfig
 
 _BUILD_KEY = "build_key"
@@ -38,6 +45,9 @@ def build_tensorrt(
     max_batch_size: int = 8,
     max_seq_len: int = 4096,
     prefill_chunk: int | None = None,
+    tp_size: int = 1,
+    moe_tp_size: int | None = None,
+    moe_ep_size: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> BuildSummary:
@@ -50,7 +60,8 @@ def build_tensorrt(
     Raises as `build` does; exit code 3 also where TensorRT, or what the plugin library is compiled with, is missing.
     """
     from engines.tensorrt.build import DEFAULT_PREFILL_CHUNK, BuildRequest
-    from engines.tensorrt.build import build as build_engine
+    from export.parallel.mapping import ParallelMapping
+    from export.parallel.plan import ShardingPlan
 
     wanted = find_gpu(gpu, target)
     clock = StageClock(progress or SilentProgress())
@@ -58,6 +69,7 @@ def build_tensorrt(
         opened, config = open_checkpoint(Path(checkpoint), layers)
         check_limits(config, max_batch_size, max_seq_len, prefill_chunk)
         _check_heads(config, target)
+        plan = ShardingPlan(config, ParallelMapping.of(tp_size, moe_tp_size, moe_ep_size))
         versions = _versions(target)
         request = BuildRequest(
             model=config.to_dict(),
@@ -69,6 +81,7 @@ def build_tensorrt(
             dtype=dtype,
             strip_weights=strip_weights,
             checkpoint=CheckpointReference(str(opened.folder), opened.fingerprint()),
+            mapping=EngineMapping(tp_size, plan.mapping.moe_tp_size, plan.mapping.moe_ep_size),
             mxcompile_version=__version__,
             versions=versions,
         )
@@ -79,11 +92,10 @@ def build_tensorrt(
         with EngineDirWriter(output, force=force) as writer:
             _ensure_plugins(wanted, clock)
             with clock.stage("trace"):
-                model = bound_graph(config, dtype, opened)
-            referenced = referenced_bytes(model) if strip_weights else 0
-            options = {_BUILD_KEY: key, "layers": layers, "target": target}
+                model = graph(config, dtype)
+            request = dataclasses.replace(request, options={_BUILD_KEY: key, "layers": layers, "target": target})
             with StageByName(clock) as report:
-                engine = build_engine(model, writer, dataclasses.replace(request, options=options), report)
+                engine, referenced = _build_engine(model, plan, opened, writer, request, report)
             for file in opened.tokenizer_files:
                 writer.add(file.name, file)
             engine = writer.commit(engine)
@@ -103,6 +115,40 @@ def build_tensorrt(
         peak_memory=peak_memory(),
         skipped=known is not None,
     )
+
+
+def _build_engine(
+    model: ir.Model,
+    plan: ShardingPlan,
+    checkpoint: Checkpoint,
+    writer: EngineDirWriter,
+    request: BuildRequest,
+    report: StageByName,
+) -> tuple[EngineConfig, int]:
+    """The files of all ranks from one trace; also the bytes that stay in the checkpoint, of all ranks together."""
+    from engines.tensorrt.build import build
+    from engines.tensorrt.ranks import build_ranks
+    from export.parallel.shard import shard
+    from export.parallel.weights import bind_rank_weights
+    from export.weights import bind_weights
+
+    referenced = 0
+
+    def graph_of(rank: int) -> ir.Model:
+        nonlocal referenced
+        if plan.mapping.tp_size == 1:
+            mine = model
+            bind_weights(mine, plan.config, cast("Source", checkpoint))
+        else:
+            mine = shard(model, plan, rank)
+            bind_rank_weights(mine, plan, rank, cast("Source", checkpoint))
+        referenced += referenced_bytes(mine) if request.strip_weights else 0
+        return mine
+
+    if plan.mapping.tp_size == 1:
+        return build(graph_of(0), writer, request, report), referenced
+    engine = build_ranks(graph_of, writer, request, report)
+    return engine, referenced
 
 
 def _key(request: Any) -> str:

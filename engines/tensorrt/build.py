@@ -22,7 +22,7 @@ from engines.tensorrt.gpus import Gpu, aim_at
 from engines.tensorrt.lengths import attention_for, capacity_for
 from engines.tensorrt.lowering import Attention, lower
 from engines.tensorrt.messages import failure, make_logger
-from engines.tensorrt.network import INLINE_LIMIT, describe_layers, parse
+from engines.tensorrt.network import INLINE_LIMIT, allow_collectives, describe_layers, parse
 from engines.tensorrt.profiles import Shapes, add_profiles
 from engines.tensorrt.stream import Write, make_writer
 from engines.tensorrt.timing import TimingCache
@@ -75,13 +75,24 @@ def build(
     progress: Progress | None = None,
     plugin_folder: Path | None = None,
 ) -> EngineConfig:
-    """Lower `model` in place, compile it for `request.gpu` and write one rank's files with `writer`; commit them yourself.
+    """Lower `model` in place, compile it for `request.gpu` and write its files with `writer`; commit them yourself.
 
     Initializers are `ir.ExternalTensor` (their file is mapped) or lazy tensors (made one at a time and parked in a file, so that
     memory holds one of them). With `strip_weights` they become inputs of the plan, which is then small: those that lie in the
     checkpoint stay there, derived ones are written beside the plan. Raises EngineError with TensorRT's own reason; exit code 3
     where TensorRT or the plugin library is missing.
     """
+    return build_rank(model, writer, request, progress, plugin_folder)[0]
+
+
+def build_rank(
+    model: ir.Model,
+    writer: EngineDirWriter,
+    request: BuildRequest,
+    progress: Progress | None = None,
+    plugin_folder: Path | None = None,
+) -> tuple[EngineConfig, CompiledPlan]:
+    """As `build`, for the one rank that `request` names; also what is known of its plan."""
     report = progress or (lambda stage, done, total: None)
     if request.dtype not in DTYPES:
         raise EngineError(
@@ -106,7 +117,7 @@ def build(
         del weights
     writer.write(f"rank{request.rank}.layers.json", json.dumps(compiled.layers))
     own_inputs = [value for value in model.graph.inputs if value.name not in compiled.weight_inputs]
-    return EngineConfig(
+    config = EngineConfig(
         mxcompile_version=request.mxcompile_version,
         target=request.target,
         model=request.model,
@@ -130,6 +141,7 @@ def build(
         }
         | request.options,
     )
+    return config, compiled
 
 
 @dataclass(frozen=True)
@@ -172,6 +184,8 @@ def compile_plan(
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     aim_at(trt, config, request.gpu, request.target)
+    if request.mapping.tp_size > 1:
+        allow_collectives(trt, config)
     timings = TimingCache.of(trt, config, request.target, request.gpu)
     parser = parse(trt, network, logger, model, weights)
     add_profiles(builder, config, network, _shapes(request))

@@ -16,24 +16,24 @@ from engines.errors import ENVIRONMENT, EngineError
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 
 
-def compute_capability() -> int | str:
-    """Ten times the compute capability of the first GPU, or why there is none."""
+def compute_capability(ordinal: int = 0) -> int | str:
+    """Ten times the compute capability of a GPU, or why there is none. `ordinal`: 0 is the first."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "no NVIDIA driver"
     device, major, minor = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
-        return "no NVIDIA GPU"
+    if driver.cuInit(0) != 0 or driver.cuDeviceGet(ctypes.byref(device), ordinal) != 0:
+        return "no NVIDIA GPU" if ordinal == 0 else f"no GPU {ordinal}"
     driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
     driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
     return 10 * major.value + minor.value
 
 
 class CudaDevice:
-    """The first GPU. Addresses are device addresses; everything is ordered on `stream`."""
+    """One GPU, current in the thread that makes this. Addresses are device addresses; everything is ordered on `stream`."""
 
-    def __init__(self) -> None:
+    def __init__(self, ordinal: int = 0) -> None:
         try:
             from cuda.bindings import runtime
         except ImportError as error:
@@ -42,6 +42,7 @@ class CudaDevice:
                 exit_code=ENVIRONMENT,
             ) from error
         self._cuda = runtime
+        self._call("cudaSetDevice", ordinal)
         self.stream = int(self._call("cudaStreamCreate"))
 
     def _call(self, name: str, *arguments: Any) -> Any:

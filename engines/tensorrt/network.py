@@ -35,6 +35,13 @@ def parse(trt: Any, network: Any, logger: Any, model: ir.Model, weights: dict[st
     return parser
 
 
+def allow_collectives(trt: Any, config: Any) -> None:
+    """Let engines exchange values between GPUs. TensorRT 10.16 has it as a preview, TensorRT 11 and TensorRT-RTX without asking."""
+    feature = getattr(trt.PreviewFeature, "MULTIDEVICE_RUNTIME_10_16", None)
+    if feature is not None:
+        config.set_preview_feature(feature, True)
+
+
 def describe_layers(network: Any, model: ir.Model) -> list[dict[str, Any]]:
     """The network's layers for `mxcompile inspect`: name, type, plugin operator, and type and shape of what they give out."""
     operators = {node.name: node.op_type for node in model.graph}  # the parser names a layer after its node

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from engines.config import EngineConfig
 from engines.directory import read_config, verify_files
 from engines.errors import ENVIRONMENT, EngineError
+from engines.interface import Session
+from engines.parallel.heads import of_rank
 from engines.tensorrt.device import CudaDevice, compute_capability
 from engines.tensorrt.messages import failure, make_logger
+from engines.tensorrt.nccl import Communicator, load_nccl
 from engines.tensorrt.session import TrtSession
 from engines.weights import map_weights
 
@@ -24,8 +28,8 @@ def load(
     verify: Verify = "quick",
     checkpoint: str | os.PathLike[str] | None = None,
     plugin_folder: Path | None = None,
-) -> TrtSession:
-    """Open an engine directory on the first GPU.
+) -> Session:
+    """Open an engine directory on the first GPU, or on as many as it has ranks.
 
     Args:
         threads: taken for the sake of other targets' callers; a GPU has no use for it.
@@ -36,27 +40,67 @@ def load(
     Raises EngineError: not an engine, damaged; with exit code 3: no GPU or another one than the engine is for, TensorRT missing or of
     another version, plugin library missing or of another architecture, too little GPU memory.
     """
-    del threads
     folder = Path(path)
     config = read_config(folder)
     if config.target not in ("tensorrt", "tensorrt-rtx"):
         raise EngineError(f"{folder}: built for {config.target}, not for TensorRT")
     verify_files(folder, config, whole=verify == "full")
-    check_gpu(config, compute_capability())
-    trt = _modules(config, plugin_folder)
-    files = config.ranks[0]
+    for rank in range(config.mapping.tp_size):
+        check_gpu(config, compute_capability(rank))
+    if config.mapping.tp_size > 1:
+        load_nccl()
+        from engines.parallel.session import load as load_ranks
+
+        return load_ranks(path, threads=threads, checkpoint=checkpoint)
     moved = Path(checkpoint) if checkpoint is not None else None
-    weights = {}
-    if files.weights is not None:
-        weights = map_weights(folder, config, files.weights, moved, whole=verify == "full")
-    device = CudaDevice()
-    return TrtSession(config, device, open_plan(trt, folder / files.graph), weights)
+    return open_rank(folder, config, moved=moved, whole=verify == "full", plugin_folder=plugin_folder)
+
+
+def open_rank(
+    folder: Path,
+    config: EngineConfig,
+    *,
+    exchanger: RankExchanger | None = None,
+    moved: Path | None = None,
+    whole: bool = False,
+    plugin_folder: Path | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> TrtSession:
+    """The session of one rank in this process, on the GPU of its number; the files of the directory are checked already.
+
+    Args:
+        exchanger: which rank this is, and its way to the others; default: the only one.
+        moved: where the checkpoint lies now.
+        tick: called whenever there is progress.
+    """
+    rank = 0 if exchanger is None else exchanger.rank
+    trt = _modules(config, plugin_folder)
+    files = next(files for files in config.ranks if files.rank == rank)
+    weights = {} if files.weights is None else map_weights(folder, config, files.weights, moved, whole=whole)
+    device = CudaDevice(rank)
+    communicator = None
+    if exchanger is not None:
+        communicator = Communicator(rank, exchanger.ranks, exchanger.share)
+        config = of_rank(config, rank)
+    engine = open_plan(trt, folder / files.graph)
+    return TrtSession(config, device, engine, weights, communicator, tick)
+
+
+class RankExchanger(Protocol):
+    """Which rank a process is; `share` hands rank 0's bytes to every rank."""
+
+    rank: int
+    ranks: int
+
+    def share(self, content: bytes) -> bytes: ...
 
 
 def check_gpu(config: EngineConfig, found: int | str) -> None:
     """`found`: as `compute_capability` gives it. EngineError (exit code 3) where the engine cannot run there."""
     wanted, name = int(config.options.get("compute_capability", 0)), config.options.get("gpu", "unknown")
-    need = f"this engine needs an NVIDIA GPU of compute capability {wanted / 10:.1f} (built for {name})"
+    ranks = config.mapping.tp_size
+    gpus = "an NVIDIA GPU" if ranks == 1 else f"{ranks} NVIDIA GPUs"
+    need = f"this engine needs {gpus} of compute capability {wanted / 10:.1f} (built for {name})"
     if isinstance(found, str):
         raise EngineError(f"{need}; here is {found}", exit_code=ENVIRONMENT)
     if found != wanted:

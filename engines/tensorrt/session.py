@@ -8,7 +8,7 @@ Shape suffixes: B batch rows, T new tokens, P positions with logits, N vocabular
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,11 +29,21 @@ class TrtSession(RaggedSession):
     """A loaded engine. See `engines.interface.Session`.
 
     `device`: `engines.tensorrt.device.CudaDevice` or one that does the same. `engine`: TensorRT's ICudaEngine. `weights`: arrays of
-    the engine's weight inputs, copied to the device here.
+    the engine's weight inputs, copied to the device here. `communicator`: of a rank (`engines.tensorrt.nccl.Communicator`); every rank
+    must then make the same calls in the same order. `tick`: called whenever there is progress.
     """
 
-    def __init__(self, config: EngineConfig, device: Any, engine: Any, weights: dict[str, np.ndarray]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        device: Any,
+        engine: Any,
+        weights: dict[str, np.ndarray],
+        communicator: Any = None,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
         self._config, self._device, self._engine = config, device, engine
+        self._communicator, self._tick = communicator, tick
         self._max_step_tokens = config.limits.prefill_chunk
         self._max_step_positions = int(config.options["max_positions"])
         self._contexts = [self._context(profile) for profile in range(2)]
@@ -57,11 +67,15 @@ class TrtSession(RaggedSession):
             raise EngineError("TensorRT made no execution context; the GPU's memory may be full", exit_code=ENVIRONMENT)
         _check(context.set_optimization_profile_async(profile, self._device.stream), f"choosing profile {profile}")
         self._device.synchronize()
+        if self._communicator is not None:  # waits for the other ranks
+            _check(context.set_communicator(self._communicator.capsule()), "joining the other ranks")
+        self._tick()
         return context
 
     def _upload(self, array: np.ndarray) -> int:
         address = int(self._device.allocate(array.nbytes))
         self._device.upload(address, np.ascontiguousarray(array))
+        self._tick()
         return address
 
     def new_state(self, batch_size: int) -> TrtState:
@@ -105,14 +119,16 @@ class TrtSession(RaggedSession):
         logits_RPN = np.empty((shapes.batch, shapes.positions, self.vocab_size), np.float32)
         assert logits_RPN.nbytes == shapes.logits_bytes(self.vocab_size)
         self._device.download(logits_RPN, self._logits)
+        self._tick()
         return StepResult(logits_RPN[:, :positions])
 
     def _run(self, shapes: StepShapes, state: TrtState) -> None:
         """Enqueue one step. A decode step that comes again is captured after its second run, and replayed from its third:
-        TensorRT wants one plain run at the shapes of a graph, and a graph must not outlive a change of its context's shapes.
+        TensorRT wants one plain run at the shapes of a graph, and a graph must not outlive a change of its context's shapes. Steps of
+        several ranks are not captured: whether exchanges may be is for a machine with GPUs to say.
         """
         bound = list(state.addresses(shapes.rows))
-        key = (shapes, tuple(bound)) if shapes.profile == DECODE else None
+        key = (shapes, tuple(bound)) if shapes.profile == DECODE and self._communicator is None else None
         if key is not None and self._graph is not None and self._graph[0] == key:
             self._device.launch(self._graph[1])
             return

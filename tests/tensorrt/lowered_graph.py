@@ -13,10 +13,15 @@ from onnx.reference import ReferenceEvaluator
 from reference_ops import NEW_OPS
 
 from engines.tensorrt.lowering import Attention, lower
+from export.parallel.mapping import ParallelMapping
+from export.parallel.plan import ShardingPlan
+from export.parallel.shard import shard
+from export.parallel.weights import bind_rank_weights
 from export.trace import trace_model
 from model_defs.config import ModelConfig
 from model_defs.presets import preset
 from model_defs.text_model import TextModel
+from model_defs.weights import Direct, Stacked, weight_recipes
 
 CAPACITY = 32
 TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -66,6 +71,49 @@ def canonical(config: ModelConfig, dtype: str, model: TextModel) -> ir.Model:
 
 def lowered(config: ModelConfig, dtype: str, model: TextModel, attention: Attention) -> ir.Model:
     return lower(canonical(config, dtype, model), CAPACITY, attention)
+
+
+def lowered_ranks(
+    config: ModelConfig, dtype: str, model: TextModel, attention: Attention, mapping: ParallelMapping
+) -> list[ir.Model]:
+    """The lowered graph of every rank, cut and bound as a build does it."""
+    plan, source = ShardingPlan(config, mapping), MemorySource(model)
+    graphs = []
+    for rank in mapping.ranks:
+        mine = shard(traced(config, dtype), plan, rank)
+        bind_rank_weights(mine, plan, rank, source)
+        graphs.append(lower(mine, CAPACITY, attention))
+    return graphs
+
+
+class MemorySource:
+    """A checkpoint in memory, of a model's parameters; every weight is then made, none referred to."""
+
+    def __init__(self, model: TextModel) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+        parameters = {name: numpy_of(parameter) for name, parameter in model.named_parameters()}
+        for name, recipe in weight_recipes(model.config).items():
+            value = parameters[name]
+            if isinstance(recipe, Direct):
+                self.arrays[recipe.tensor] = value
+            elif isinstance(recipe, Stacked):
+                self.arrays |= dict(zip(recipe.tensors, value, strict=True))
+            else:
+                self.arrays |= dict(zip(recipe.even, value[:, 0::2], strict=True))
+                self.arrays |= dict(zip(recipe.odd, value[:, 1::2], strict=True))
+        self.entries = {name: _Entry(array.shape, array.nbytes) for name, array in self.arrays.items()}
+
+    def array(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    shape: tuple[int, ...]
+    nbytes: int
+    file: str = "memory"
+    offset: int = 0
+    dtype: str = "not a stored type"
 
 
 @dataclass

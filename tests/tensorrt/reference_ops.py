@@ -6,6 +6,9 @@ Written apart from model_defs and from the CUDA kernels. Shape suffixes: B batch
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -40,6 +43,7 @@ class Attention(OpRun):
     """The standard's own definition, in fp32."""
 
     def _run(self, q, k, v, *rest: Any, **attributes: Any):  # type: ignore[no-untyped-def]
+        attributes.pop("TRT_decomposable", None)  # how TensorRT may compile it, not what it computes
         values = op_attention.Attention._run(_Permissive(), wide(q), wide(k), wide(v), *rest, **attributes)
         return tuple(None if value is None else value.astype(q.dtype) for value in values)
 
@@ -58,11 +62,11 @@ class LinearAttention(OpRun):
 
 
 class MoE(OpRun):
-    """com.microsoft::MoE token by token, absent inputs as tensors without elements."""
+    """com.microsoft::MoE token by token, absent inputs as tensors without elements; of experts that lie elsewhere nothing comes."""
 
     op_domain = "com.microsoft"
 
-    def _run(self, x, router, fc1, bias, fc2, k=None, **_attributes):  # type: ignore[no-untyped-def]
+    def _run(self, x, router, fc1, bias, fc2, k=None, first_local_expert=None, **_attributes):  # type: ignore[no-untyped-def]
         assert bias.size == 0, "an absent input must have no elements"
         assert router.dtype == np.float32, "the router must stay fp32"
         tokens, gates = wide(x.reshape(-1, x.shape[-1])), router.reshape(-1, router.shape[-1])
@@ -70,7 +74,9 @@ class MoE(OpRun):
         for n, (token, logits) in enumerate(zip(tokens, gates, strict=True)):
             chosen = np.argsort(-logits, kind="stable")[:k]
             weights = np.exp(logits[chosen] - logits[chosen].max())
-            for expert, weight in zip(chosen, weights / weights.sum(), strict=True):
+            for expert, weight in zip(chosen - (first_local_expert or 0), weights / weights.sum(), strict=True):
+                if not 0 <= expert < len(fc1):
+                    continue
                 gate, up = wide(fc1[expert][0::2]) @ token, wide(fc1[expert][1::2]) @ token
                 inner = wide((gate / (1 + np.exp(-gate)) * up).astype(x.dtype))
                 out[n] += weight * (wide(fc2[expert]) @ inner)
@@ -97,4 +103,55 @@ class SoftmaxAttention(OpRun):
         return (out.astype(q_BHTK.dtype),)
 
 
-NEW_OPS = [MatMul, Gemm, RMSNormalization, Attention, LinearAttention, MoE, SoftmaxAttention]
+class DistCollective(OpRun):
+    """An exchange between ranks that run in threads: the thread's Meeting is where they exchange."""
+
+    op_domain = ""
+
+    def _run(self, x, collective_operation=None, reduce_op=None, root=None, nb_rank=None):  # type: ignore[no-untyped-def]
+        values = Meeting.here.current.exchange(x)
+        assert len(values) == nb_rank
+        assert root == -1
+        if collective_operation == "all_gather":
+            assert reduce_op == "none"
+            return (np.concatenate(values, axis=0),)
+        assert (collective_operation, reduce_op) == ("all_reduce", "sum")
+        total = wide(values[0])
+        for value in values[1:]:
+            total = total + wide(value)
+        return (total.astype(x.dtype),)
+
+
+class Meeting:
+    """One rank's place at the table where all leave their values and pick up everybody's."""
+
+    here = threading.local()
+
+    def __init__(self, barrier: threading.Barrier, values: list[Any], rank: int) -> None:
+        self._barrier, self._values, self._rank = barrier, values, rank
+
+    def exchange(self, value: np.ndarray) -> list[np.ndarray]:
+        self._values[self._rank] = value
+        self._barrier.wait()
+        found = list(self._values)
+        self._barrier.wait()
+        return found
+
+
+def on_ranks(ranks: int, work: Callable[[int], Any]) -> list[Any]:
+    """What `work(rank)` gives on each rank, all ranks at once, exchanging with each other."""
+    barrier, values = threading.Barrier(ranks, timeout=60), [None] * ranks
+
+    def one(rank: int) -> Any:
+        Meeting.here.current = Meeting(barrier, values, rank)
+        try:
+            return work(rank)
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(one, range(ranks)))
+
+
+NEW_OPS = [MatMul, Gemm, RMSNormalization, Attention, LinearAttention, MoE, SoftmaxAttention, DistCollective]

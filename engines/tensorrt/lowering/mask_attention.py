@@ -21,6 +21,8 @@ import onnx_ir as ir
 from engines.rewrite import constant_before
 from engines.tensorrt.lowering.canonical_attention import CachedAttention, cached_attentions, graph_input
 
+DECOMPOSABLE = "TRT_decomposable"
+
 
 class MaskAttention(ir.passes.InPlacePass):
     """Mask attention over a cache of `capacity` positions explicitly (rules above)."""
@@ -50,6 +52,7 @@ class MaskAttention(ir.passes.InPlacePass):
             node.replace_input_with(6, None)
             node.resize_inputs(4)
             node.attributes.pop("is_causal")
+            node.attributes[DECOMPOSABLE] = ir.AttrInt64(DECOMPOSABLE, 1)
         return ir.passes.PassResult(model, modified=shared is not None)
 
     def _mask_and_valid(self, found: CachedAttention, past_lengths: ir.Value) -> tuple[ir.Value, ir.Value]:
