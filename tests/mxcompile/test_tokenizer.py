@@ -75,6 +75,17 @@ def test_output_cut_within_a_character_ends_in_a_replacement(tokenizer):
     assert (pieces, stream.finish(), stream.finish()) == (["x", "", ""], "�", "")
 
 
+@given(texts)
+def test_the_bytes_of_tokens_joined_are_the_text(tokenizer, text):
+    assert b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text)) == text.encode()
+
+
+def test_the_bytes_of_odd_tokens(tokenizer):
+    call = tokenizer.token_id("<function_call>")
+    assert tokenizer.token_bytes(call) == b"<function_call>"
+    assert tokenizer.token_bytes(tokenizer.vocab_size + 5) == b"", "an id of a padded vocabulary"
+
+
 def test_a_function_call_is_shown_and_other_special_tokens_are_not(tokenizer):
     tokens = tokenizer.encode("<beginning_of_sentence>a<function_call>b<end_of_sentence>")
     stream = tokenizer.detokenizer()

@@ -1,8 +1,9 @@
 """gRPC clients, run with the Python that has `tritonclient`: grpc_client.py PORT < requests > results
 
-One JSON object per line, in and out. A request is {"id", "inputs": {...}, "types": {...}, "leave_after": responses or null} and starts
-when its line is read, over a connection of its own; `types` replaces a tensor's type. Its result, when it ends, is {"id",
-"responses": [{...}], "error": text or null}. Ends when no more requests come and all have ended.
+One JSON object per line, in and out. A request is {"id", "inputs": {...}, "types": {...}, "options": {...},
+"leave_after": responses or null} and starts when its line is read, over a connection of its own; `types` replaces a
+tensor's type, `options` are those of `async_stream_infer`. Its result, when it ends, is {"id", "responses": [{...}],
+"error": text or null}. Ends when no more requests come and all have ended.
 """
 
 import json
@@ -28,6 +29,10 @@ TYPES = {
     "stream": "BOOL",
     "session_start": "BOOL",
     "return_log_probs": "BOOL",
+    "echo": "BOOL",
+    "client_id": "BYTES",
+    "presence_penalty": "FP32",
+    "frequency_penalty": "FP32",
 }
 ARRAYS = {"BYTES": np.object_, "INT32": np.int32, "FP32": np.float32, "UINT64": np.uint64, "BOOL": np.bool_}
 LIMIT_S = 120
@@ -45,7 +50,8 @@ def ask(port, request):
         inputs[-1].set_data_from_numpy(array)
     with triton.InferenceServerClient(f"127.0.0.1:{port}") as client:
         client.start_stream(callback=lambda result, error: answers.put((result, error)))
-        client.async_stream_infer("mxcompile", inputs, enable_empty_final_response=True)
+        options = request.get("options", {})
+        client.async_stream_infer("mxcompile", inputs, enable_empty_final_response=True, **options)
         while len(responses) != request.get("leave_after"):
             result, problem = answers.get(timeout=LIMIT_S)
             if problem is not None:
