@@ -260,6 +260,16 @@ def test_requests_have_names(client, server):
     assert len(refused.value.response.headers["x-request-id"]) == 32
 
 
+def test_an_answer_may_go_on_behind_its_end(client, loaded):
+    prompts = ([first, second] for first in range(3, 300) for second in (7, 70))
+    prompt = next(p for p in prompts if loaded.generate([p], max_new_tokens=8)[0].finish_reason == "stop")
+    expected = loaded.generate([prompt], max_new_tokens=8, stop_token_ids=())[0]
+    asked = dict(model="mxcompile", prompt=prompt, temperature=0, max_tokens=8)
+    found = client.completions.create(**asked, extra_body={"ignore_eos": True})
+    assert found.usage.completion_tokens == 8
+    assert found.choices[0].text == expected.text
+
+
 def test_a_role_that_the_template_lacks(client):
     with pytest.raises(openai.BadRequestError, match="role 'robot'"):
         client.chat.completions.create(model="mxcompile", messages=[{"role": "robot", "content": "beep"}])

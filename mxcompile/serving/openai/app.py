@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -68,7 +69,12 @@ def create_app(triton: str, metrics: str, model: str) -> FastAPI:
     @app.get("/health/ready")
     async def ready() -> PlainTextResponse:
         found = await client.get(f"/v2/models/{model}/ready", timeout=5)
-        return PlainTextResponse("ready\n" if found.status_code == 200 else "not ready\n", found.status_code)
+        if found.status_code != 200:
+            return PlainTextResponse("not ready\n", 503)
+        # Triton calls the model ready also while its engine process is being started again.
+        numbers = (await client.get(metrics, timeout=5)).text
+        up = re.search(r"^mxcompile_engine_ready\{.*\} 1", numbers, re.MULTILINE)
+        return PlainTextResponse("ready\n" if up else "the engine is being started again\n", 200 if up else 503)
 
     @app.get("/metrics")
     async def read_metrics() -> PlainTextResponse:

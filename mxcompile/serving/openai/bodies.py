@@ -59,7 +59,7 @@ class StreamOptions(BaseModel):
 
 
 class Common(BaseModel):
-    """What both endpoints take. `top_k` and `repetition_penalty` are additions of this server."""
+    """What both endpoints take. `top_k`, `repetition_penalty` and `ignore_eos` are additions of this server."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -74,6 +74,7 @@ class Common(BaseModel):
     frequency_penalty: Penalty | None = 0.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: str | list[str] | None = None
+    ignore_eos: bool = False  # go on behind an end of sequence, as far as max_tokens
     n: Annotated[int, Field(ge=1, le=128)] | None = 1
     user: str | None = None  # whom to be fair to
     safety_identifier: str | None = None  # the new name of `user`
@@ -117,6 +118,7 @@ class Common(BaseModel):
         }
         values |= {name: getattr(self, name) for name, off in others.items() if getattr(self, name) not in (None, off)}
         values |= {"n": self.answers} if self.answers > 1 else {}
+        values |= {"end_id": -1} if self.ignore_eos else {}
         return values | ({"stop_words": stops} if stops else {})
 
 
