@@ -16,6 +16,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 
 from engines.config import EngineConfig
+from engines.errors import EngineError
 
 Positions = Literal["last", "all"] | np.ndarray
 
@@ -37,7 +38,8 @@ class StepResult:
 class RowSnapshot:
     """Everything one row remembers, copied out of a state: for prefix caches, preemption and tests.
 
-    `recurrent[layer]` float32 [H, K, V]; `key[layer]`, `value[layer]` float32 [G, length, K].
+    `recurrent[layer]` float32 [H, K, V]; `key[layer]`, `value[layer]` float32 [G, length, K], or [G, length - start, K]
+    in a part that `read_row` cut; a part cannot be written back.
     """
 
     length: int
@@ -48,6 +50,12 @@ class RowSnapshot:
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for part in (self.recurrent, self.key, self.value) for a in part.values())
+
+
+def check_start(start: int, length: int) -> None:
+    """The common check of `State.read_row`."""
+    if not 0 <= start <= length:
+        raise EngineError(f"a row of {length} tokens cannot be read from token {start} on")
 
 
 @runtime_checkable
@@ -84,7 +92,11 @@ class State(Protocol):
         """As `key`, for the values."""
         ...
 
-    def read_row(self, row: int) -> RowSnapshot: ...
+    def read_row(self, row: int, start: int = 0) -> RowSnapshot:
+        """Copy out what `row` remembers; of its keys and values only those of the tokens from `start` on, so that the
+        cost grows with what is new. EngineError unless 0 <= start <= length.
+        """
+        ...
 
     def write_row(self, row: int, snapshot: RowSnapshot) -> None:
         """Replace what `row` remembers (any session's snapshot of the same model and a fitting length)."""

@@ -15,7 +15,7 @@ import onnxruntime as ort
 
 from engines.config import EngineConfig, StateTensor
 from engines.errors import EngineError
-from engines.interface import RowSnapshot
+from engines.interface import RowSnapshot, check_start
 
 FIRST_CAPACITY = 256
 Rows = tuple[int, int]
@@ -106,13 +106,14 @@ class OrtState:
     def value(self, layer: int) -> np.ndarray:
         return self._cache(layer, "value")
 
-    def read_row(self, row: int) -> RowSnapshot:
+    def read_row(self, row: int, start: int = 0) -> RowSnapshot:
         row = self._row(row)
         length = int(self._lengths[row])
+        check_start(start, length)
         parts: dict[str, dict[int, np.ndarray]] = {"recurrent_state": {}, "key": {}, "value": {}}
         for spec in self.config.states:
             buffer = self._buffers[spec.past][row]
-            parts[spec.role][spec.layer] = (buffer if spec.kind == "lightning" else buffer[:, :length]).copy()
+            parts[spec.role][spec.layer] = (buffer if spec.kind == "lightning" else buffer[:, start:length]).copy()
         return RowSnapshot(length, parts["recurrent_state"], parts["key"], parts["value"])
 
     def write_row(self, row: int, snapshot: RowSnapshot) -> None:

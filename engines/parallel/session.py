@@ -174,8 +174,8 @@ class ParallelState:
     def value(self, layer: int) -> np.ndarray:
         return self._whole("value", layer)
 
-    def read_row(self, row: int) -> RowSnapshot:
-        answers = self._ask({"do": "read_row", "row": int(row)})
+    def read_row(self, row: int, start: int = 0) -> RowSnapshot:
+        answers = self._ask({"do": "read_row", "row": int(row), "start": int(start)})
 
         def whole(what: str) -> dict[int, np.ndarray]:
             heads = self._heads(what)

@@ -175,8 +175,8 @@ class _Server:
     def _part(self, state: int, what: str, layer: int) -> Message:
         return {"part": getattr(self._states[state], what)(layer)}
 
-    def _read_row(self, state: int, row: int) -> Message:
-        found = self._states[state].read_row(row)
+    def _read_row(self, state: int, row: int, start: int) -> Message:
+        found = self._states[state].read_row(row, start)
         return {"length": found.length, "recurrent": found.recurrent, "key": found.key, "value": found.value}
 
     def _write_row(self, state: int, row: int, length: int, recurrent: dict, key: dict, value: dict) -> Message:

@@ -15,7 +15,7 @@ import numpy as np
 
 from engines.config import EngineConfig
 from engines.errors import EngineError
-from engines.interface import RowSnapshot
+from engines.interface import RowSnapshot, check_start
 from engines.tensorrt.bindings import Rows, StateLayout, layouts
 
 
@@ -77,11 +77,12 @@ class TrtState:
     def value(self, layer: int) -> np.ndarray:
         return self._cache(layer, "value")
 
-    def read_row(self, row: int) -> RowSnapshot:
+    def read_row(self, row: int, start: int = 0) -> RowSnapshot:
         row = self._row(row)
+        check_start(start, int(self._lengths[row]))
         parts: dict[str, dict[int, np.ndarray]] = {"recurrent_state": {}, "key": {}, "value": {}}
         for layout in self.layouts:
-            parts[layout.spec.role][layout.spec.layer] = self._read(layout, row)
+            parts[layout.spec.role][layout.spec.layer] = self._read(layout, row, start)
         return RowSnapshot(int(self._lengths[row]), parts["recurrent_state"], parts["key"], parts["value"])
 
     def write_row(self, row: int, snapshot: RowSnapshot) -> None:
@@ -119,14 +120,15 @@ class TrtState:
         start = self._buffers[layout.spec.past] + row * layout.row_bytes
         return [start + head * (layout.row_bytes // heads) for head in range(heads)]
 
-    def _read(self, layout: StateLayout, row: int) -> np.ndarray:
-        """A row's valid part, float32."""
-        dims = layout.row_dims
+    def _read(self, layout: StateLayout, row: int, start: int = 0) -> np.ndarray:
+        """A row's valid part, float32; of keys and values that from token `start` on."""
+        dims, skipped = layout.row_dims, 0
         if layout.spec.kind == "softmax":
-            dims = (dims[0], int(self._lengths[row]), dims[2])
+            dims = (dims[0], int(self._lengths[row]) - start, dims[2])
+            skipped = start * dims[2] * np.dtype(layout.dtype).itemsize
         found = np.empty(dims, layout.dtype)
         for head, address in enumerate(self._heads(layout, row)):
-            self._device.download(found[head], address)
+            self._device.download(found[head], address + skipped)
         return found.astype(np.float32)
 
     def _cache(self, layer: int, role: str) -> np.ndarray:

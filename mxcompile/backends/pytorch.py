@@ -19,7 +19,7 @@ import torch
 from engines.config import Checkpoint as CheckpointReference
 from engines.config import EngineConfig, Limits, Port, StateTensor
 from engines.errors import EngineError
-from engines.interface import Positions, RowSnapshot, StepResult
+from engines.interface import Positions, RowSnapshot, StepResult, check_start
 from export.contract import LOGITS, TOKEN_INPUTS, hidden_tap, router_tap, state_specs
 from model_defs import ops
 from model_defs.text_model import TextModel
@@ -290,13 +290,14 @@ class PyTorchState:
     def value(self, layer: int) -> np.ndarray:
         return self._cache(layer, "value")
 
-    def read_row(self, row: int) -> RowSnapshot:
+    def read_row(self, row: int, start: int = 0) -> RowSnapshot:
         row = self._row(row)
         length = int(self._lengths[row])
+        check_start(start, length)
         parts: dict[str, dict[int, np.ndarray]] = {"recurrent_state": {}, "key": {}, "value": {}}
         for spec, tensor in zip(self._specs, self.tensors, strict=True):
             whole = spec.kind == "recurrent_state"
-            parts[spec.kind][spec.layer] = _numpy(tensor[row] if whole else tensor[row, :, :length])
+            parts[spec.kind][spec.layer] = _numpy(tensor[row] if whole else tensor[row, :, start:length])
         return RowSnapshot(length, parts["recurrent_state"], parts["key"], parts["value"])
 
     def write_row(self, row: int, snapshot: RowSnapshot) -> None:

@@ -242,6 +242,15 @@ def test_rows_can_be_saved_moved_and_cleared(session: OrtSession) -> None:
     snapshot = state.read_row(0)
     assert snapshot.length == 30
     assert snapshot.nbytes == sum(len(part) for part in content(state, 0))
+    part = state.read_row(0, 12)
+    assert part.length == 30
+    for layer, array in snapshot.recurrent.items():
+        assert np.array_equal(part.recurrent[layer], array)
+    for layer in snapshot.key:
+        assert np.array_equal(part.key[layer], snapshot.key[layer][:, 12:])
+        assert np.array_equal(part.value[layer], snapshot.value[layer][:, 12:])
+    with pytest.raises(EngineError, match="a row of 30 tokens cannot be read from token 31 on"):
+        state.read_row(0, 31)
     session.decode(tokens[:2], state)  # the snapshot is a copy
     other = session.new_state(3)
     other.write_row(2, snapshot)

@@ -85,6 +85,9 @@ def test_rows_move_between_engines(workshop: Workshop, pair: ParallelSession) ->
     pair.prefill([[5, 6, 7, 8], [9]], ours)
     snapshot = ours.read_row(0)
     assert snapshot.length == 4
+    part = ours.read_row(0, 3)
+    assert np.array_equal(part.value[7], snapshot.value[7][:, 3:])
+    assert np.array_equal(part.recurrent[0], snapshot.recurrent[0])
     theirs.write_row(1, snapshot)
     pair.prefill([[], [1, 2]], ours)
     back = theirs.read_row(1)
@@ -118,6 +121,7 @@ def test_the_configuration_tells_the_whole_model(workshop: Workshop, pair: Paral
         (lambda s, state: s.forward(np.zeros((2, 3), int), [4, 0], state), "new lengths"),
         (lambda s, state: state.key(0), "layer 0"),
         (lambda s, state: state.read_row(2), "row 2 does not exist"),
+        (lambda s, state: state.read_row(0, 1), "cannot be read from token 1 on"),
     ],
 )
 def test_misuse_is_refused_and_the_ranks_live_on(pair: ParallelSession, call, words: str) -> None:  # type: ignore[no-untyped-def]

@@ -111,6 +111,10 @@ def test_a_row_is_copied_and_cleared(made: Made) -> None:
     state = made.session.new_state(2)
     made.session.prefill([[5, 6, 7], [8]], state)
     snapshot = state.read_row(0)
+    part = state.read_row(0, 2)
+    for layer, array in snapshot.key.items():
+        assert np.array_equal(part.key[layer], array[:, 2:])
+        assert np.array_equal(part.value[layer], snapshot.value[layer][:, 2:])
     state.write_row(1, snapshot)
     logits = made.session.decode([9, 9], state)
     assert np.array_equal(logits[0], logits[1])

@@ -37,6 +37,7 @@ def test_rows_move_between_states(session):
     session.prefill([tokens(290)], first)  # past the first capacity
     session.prefill([tokens(5, 1), tokens(7, 2)], second)
     second.write_row(1, first.read_row(0))
+    assert np.array_equal(first.read_row(0, 280).key[2], first.read_row(0).key[2][:, 280:])
     assert second.lengths.tolist() == [5, 290]
     expected = session.decode([3], first)[0]
     got = session.decode([4, 3], second)[1]
