@@ -118,7 +118,58 @@ class HashingFile:
         return self._hash.hexdigest()
 
 
-class EngineDirWriter:
+class EngineFiles:
+    """Writes files of an engine into the folder `path`, and keeps their digests in `records`. `target` is the name in errors.
+
+    A process that builds one rank of an engine has this much of the writer; the one that called it adds the `records` to its own.
+    """
+
+    def __init__(self, path: Path | None, target: Path) -> None:
+        self.path, self.target = path, target
+        self.records: dict[str, FileRecord] = {}
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[HashingFile]:
+        """A new file of the engine, to be written in order."""
+        path = self._place(name)
+        with os_errors(f"writing {self.target / name}"):
+            with path.open("xb") as raw:
+                file = HashingFile(raw)
+                yield file
+                raw.flush()
+                os.fsync(raw.fileno())
+            self.records[name] = FileRecord(file.size, file.sha256, digest.sampled(path))
+
+    def write(self, name: str, data: bytes | str) -> None:
+        """A new file with this content (text as UTF-8)."""
+        with self.open(name) as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+
+    def add(self, name: str, source: str | os.PathLike[str]) -> None:
+        """Copy a file from elsewhere into the engine."""
+        with self.open(name) as file, Path(source).open("rb") as original:
+            while block := original.read(1 << 20):
+                file.write(block)
+
+    def register(self, name: str) -> Path:
+        """Path for a file that another tool writes; it is digested at commit."""
+        path = self._place(name)
+        self.records[name] = FileRecord(-1, "", "")
+        return path
+
+    def record(self, name: str) -> FileRecord:
+        """Size and digests of a file written before."""
+        return self.records[name]
+
+    def _place(self, name: str) -> Path:
+        if self.path is None:
+            raise RuntimeError("EngineDirWriter is used outside its with block")
+        path = self.path / inside(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+class EngineDirWriter(EngineFiles):
     """Writes an engine directory whole or not at all.
 
         with EngineDirWriter("engine", force=False) as writer:
@@ -132,10 +183,8 @@ class EngineDirWriter:
 
     def __init__(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """`force` replaces an existing engine directory; anything else that is in the way is always refused."""
-        self.target = Path(os.path.abspath(path))
+        super().__init__(None, Path(os.path.abspath(path)))
         self.force = force
-        self.path: Path | None = None
-        self._files: dict[str, FileRecord] = {}
         self._committed = False
 
     def __enter__(self) -> EngineDirWriter:
@@ -172,46 +221,6 @@ class EngineDirWriter:
         if not (self.force or empty):
             raise EngineError(f"{self.target}: exists already; use --force to replace it")
 
-    @contextlib.contextmanager
-    def open(self, name: str) -> Iterator[HashingFile]:
-        """A new file of the engine, to be written in order."""
-        path = self._place(name)
-        with os_errors(f"writing {self.target / name}"):
-            with path.open("xb") as raw:
-                file = HashingFile(raw)
-                yield file
-                raw.flush()
-                os.fsync(raw.fileno())
-            self._files[name] = FileRecord(file.size, file.sha256, digest.sampled(path))
-
-    def write(self, name: str, data: bytes | str) -> None:
-        """A new file with this content (text as UTF-8)."""
-        with self.open(name) as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-
-    def add(self, name: str, source: str | os.PathLike[str]) -> None:
-        """Copy a file from elsewhere into the engine."""
-        with self.open(name) as file, Path(source).open("rb") as original:
-            while block := original.read(1 << 20):
-                file.write(block)
-
-    def register(self, name: str) -> Path:
-        """Path for a file that another tool writes; it is digested at commit."""
-        path = self._place(name)
-        self._files[name] = FileRecord(-1, "", "")
-        return path
-
-    def record(self, name: str) -> FileRecord:
-        """Size and digests of a file written before."""
-        return self._files[name]
-
-    def _place(self, name: str) -> Path:
-        if self.path is None:
-            raise RuntimeError("EngineDirWriter is used outside its with block")
-        path = self.path / inside(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
     def commit(self, config: EngineConfig, check: Callable[[Path], None] | None = None) -> EngineConfig:
         """Write `config.json` with the digests of all files and put the directory in place.
 
@@ -219,11 +228,11 @@ class EngineDirWriter:
         """
         assert self.path is not None
         with os_errors(f"writing {self.target}"):
-            for name, record in self._files.items():
+            for name, record in self.records.items():
                 if record.size < 0:
                     path = self.path / name
-                    self._files[name] = FileRecord(path.stat().st_size, digest.sha256(path), digest.sampled(path))
-            config = replace(config, files=dict(self._files))
+                    self.records[name] = FileRecord(path.stat().st_size, digest.sha256(path), digest.sampled(path))
+            config = replace(config, files=dict(self.records))
             file = self.path / CONFIG
             with file.open("x", encoding="utf-8") as out:
                 out.write(config.to_json())

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.config import Checkpoint
-from engines.directory import EngineDirWriter
+from engines.directory import EngineFiles
 from engines.errors import ENVIRONMENT, EngineError
 from engines.weights import ALIGNMENT, Manifest, WeightFile, WeightRecord, checkpoint_file
 
@@ -26,7 +26,7 @@ Progress = Callable[[str, int, int], None]
 
 def place_weights(
     model: ir.Model,
-    writer: EngineDirWriter,
+    writer: EngineFiles,
     data_name: str,
     checkpoint: Checkpoint | None,
     report: Progress,
@@ -70,7 +70,7 @@ def place_weights(
 
 
 def _write_derived(
-    derived: list[ir.Value], writer: EngineDirWriter, data_name: str, files: list[WeightFile], report: Progress
+    derived: list[ir.Value], writer: EngineFiles, data_name: str, files: list[WeightFile], report: Progress
 ) -> list[WeightRecord]:
     """Stream the derived weights into the engine's own file, one in memory at a time."""
     records: list[WeightRecord] = []
@@ -120,7 +120,7 @@ def _refer(value: ir.Value, data_name: str, offset: int, length: int) -> None:
     )
 
 
-def _need_space(writer: EngineDirWriter, needed: int) -> None:
+def _need_space(writer: EngineFiles, needed: int) -> None:
     assert writer.path is not None
     free = shutil.disk_usage(writer.path).free
     if needed > free:

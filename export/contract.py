@@ -11,6 +11,7 @@ from typing import Literal
 
 from model_defs.config import ModelConfig
 
+CANONICAL_OPSET = 27  # the first with LinearAttention
 BATCH, TOKENS, POSITIONS, CAPACITY = "batch", "tokens", "positions", "capacity"
 Dim = int | str
 

@@ -8,6 +8,7 @@ import torch
 
 from export.contract import (
     BATCH,
+    CANONICAL_OPSET,
     CAPACITY,
     LOGITS,
     POSITIONS,
@@ -21,7 +22,7 @@ from export.passes import run_passes
 from export.passes.fix_reshapes import FixReshapes
 from export.passes.name_dimensions import NameDimensions
 from export.passes.strip_metadata import StripMetadata
-from export.translate import CANONICAL_OPSET, translation_table
+from export.translate import translation_table
 from export.verify import verify_canonical, verify_structure
 from export.weights import forget_weights
 from model_defs.config import ModelConfig

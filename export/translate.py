@@ -10,10 +10,9 @@ import onnx_ir as ir
 import torch
 from onnxscript import values
 
+from export.contract import CANONICAL_OPSET
 from export.schemas import CONTRIB_DOMAIN, register_schemas
 from model_defs.config import ModelConfig
-
-CANONICAL_OPSET = 27  # the first with LinearAttention
 
 
 def translation_table(config: ModelConfig) -> dict[Callable, Callable]:

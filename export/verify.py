@@ -7,10 +7,9 @@ from collections import Counter
 import onnx
 import onnx_ir as ir
 
-from export.contract import LOGITS, TOKEN_INPUTS, hidden_tap, router_tap, state_specs
+from export.contract import CANONICAL_OPSET, LOGITS, TOKEN_INPUTS, hidden_tap, router_tap, state_specs
 from export.errors import ExportError
 from export.schemas import CONTRIB_DOMAIN
-from export.translate import CANONICAL_OPSET
 from model_defs.config import ModelConfig
 from model_defs.weights import weight_recipes
 

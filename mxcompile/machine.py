@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -198,6 +199,18 @@ def _gpus() -> list[Gpu]:
         if len(fields) == 4 and re.fullmatch(r"\d+\.\d+", fields[1]) and fields[2].isdigit():
             gpus.append(Gpu(fields[0], fields[1], int(fields[2]), fields[3]))
     return gpus
+
+
+def available_memory() -> int | None:
+    """Bytes that processes may still take, on this machine and in this container; None where nobody says."""
+    available = _memory().get("MemAvailable")
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        left = limit - used + (int(cached[1]) if cached else 0)
+        available = left if available is None else min(available, left)
+    return available
 
 
 def _memory() -> dict[str, int]:

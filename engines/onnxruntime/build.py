@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from engines.config import Checkpoint, EngineConfig, Limits, Mapping, RankFiles
 from engines.contract import port, states
-from engines.directory import EngineDirWriter
+from engines.directory import EngineFiles
 from engines.errors import EngineError
 from engines.onnxruntime.lowering import GroupExperts, lower, lower_expert_ranges
 from engines.placing import Progress, place_weights
@@ -45,7 +45,7 @@ class BuildRequest:
 
 
 def build(
-    model: ir.Model, writer: EngineDirWriter, request: BuildRequest, progress: Progress | None = None
+    model: ir.Model, writer: EngineFiles, request: BuildRequest, progress: Progress | None = None
 ) -> EngineConfig:
     """Lower `model` in place and write one rank's files with `writer`; commit the directory yourself.
 
@@ -116,7 +116,7 @@ def _is_constant(value: ir.Value | None) -> bool:
     return value is None or value.is_initializer() or (producer is not None and producer.op_type == "Constant")
 
 
-def _write_graph(writer: EngineDirWriter, name: str, model: ir.Model) -> None:
+def _write_graph(writer: EngineFiles, name: str, model: ir.Model) -> None:
     """Write it and let ONNX's checker see its standard part; the runtime's own operators have no schema there."""
     with writer.open(name) as file:
         file.write(ir.to_proto(model).SerializeToString())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import onnx
 import onnx_ir as ir
 
-from engines.config import EngineConfig, Mapping
-from engines.directory import EngineDirWriter
+from engines.config import EngineConfig
+from engines.directory import EngineFiles
 from engines.onnxruntime.build import BuildRequest, build
 from engines.parallel.cut import cut
 from engines.parallel.heads import of_all_ranks
@@ -20,37 +20,52 @@ from engines.placing import Progress
 
 def build_ranks(
     graph_of: Callable[[int], ir.Model],
-    writer: EngineDirWriter,
+    writer: EngineFiles,
     request: BuildRequest,
     progress: Progress | None = None,
 ) -> EngineConfig:
-    """Write the files of all ranks with `writer`, one rank in memory at a time; commit the directory yourself.
+    """Write the files of all ranks that share a model with `writer`, one rank in memory at a time; commit the directory yourself.
 
     Args:
         graph_of: makes a rank's canonical graph with its collectives and bound weights.
-        request: `request.mapping` says how many ranks there are.
+        request: `request.mapping` says how many ranks there are. With a `cp_size`, this is the first set of ranks, and
+            `engines.parallel.segments` makes the others.
 
     Raises EngineError as `engines.onnxruntime.build.build` does.
     """
+    ranks = range(request.mapping.tp_size)
+    return together([build_rank(graph_of(rank), writer, replace(request, rank=rank), progress) for rank in ranks])
+
+
+def build_rank(
+    model: ir.Model, writer: EngineFiles, request: BuildRequest, progress: Progress | None = None
+) -> EngineConfig:
+    """Write the files of the one rank that `request` names. Ranks may be built in any order, and in processes of their own."""
     report = progress or (lambda stage, done, total: None)
-    ranks, build_id = request.mapping.tp_size, _build_id(request, request.mapping)
-    files, config = [], None
-    for rank in range(ranks):
-        model = graph_of(rank)
-        config = build(model, writer, replace(request, rank=rank), progress)
-        report("cut", rank, ranks)
-        for graph in filter(None, (config.ranks[0].graph, config.ranks[0].prefill_graph)):
-            assert writer.path is not None
-            pieces, models = cut(onnx.load(str(writer.path / graph), load_external_data=False))
-            writer.write(pieces_name(graph), to_bytes(PieceFile(rank, ranks, build_id, pieces), models))
-        report("cut", rank + 1, ranks)
-        files += config.ranks
-    assert config is not None
-    whole = of_all_ranks(config, files)
-    return replace(whole, options=whole.options | {"parallel_build": build_id})
+    config = build(model, writer, request, progress)
+    config = replace(config, options=config.options | {"parallel_build": _build_id(request)})
+    graphs = [name for name in (config.ranks[0].graph, config.ranks[0].prefill_graph) if name is not None]
+    for done, graph in enumerate(graphs):
+        report("cut", done, len(graphs))
+        write_pieces(writer, graph, request.rank, config)
+    report("cut", len(graphs), len(graphs))
+    return config
 
 
-def _build_id(request: BuildRequest, mapping: Mapping) -> str:
+def together(ranks: Sequence[EngineConfig]) -> EngineConfig:
+    """The configuration of the whole engine from what `build_rank` returned for each of its ranks."""
+    return of_all_ranks(ranks[-1], [files for rank in ranks for files in rank.ranks])
+
+
+def write_pieces(writer: EngineFiles, graph: str, rank: int, engine: EngineConfig) -> None:
+    """Cut a rank's graph file at its collectives, and write the pieces beside it."""
+    assert writer.path is not None
+    pieces, models = cut(onnx.load(str(writer.path / graph), load_external_data=False))
+    content = PieceFile(rank, engine.mapping.ranks, engine.options["parallel_build"], pieces)
+    writer.write(pieces_name(graph), to_bytes(content, models))
+
+
+def _build_id(request: BuildRequest) -> str:
     """Tells the files of one build from those of another: same model, checkpoint, type and mapping give the same."""
-    facts = (request.model, request.checkpoint, request.dtype, request.quantization, mapping, request.versions)
+    facts = (request.model, request.checkpoint, request.dtype, request.quantization, request.mapping, request.versions)
     return hashlib.sha256(repr(facts).encode()).hexdigest()

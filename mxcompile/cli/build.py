@@ -36,9 +36,18 @@ from mxcompile.cli.options import (
 @click.option(
     "--strip-weights", is_flag=True, help="Leave weights out of a TensorRT engine; read them when it is loaded."
 )
+@click.option(
+    "--quantize-experts", type=click.Choice(["int8"]), help="Keep the experts' weights in 8 bits, quantized on the way."
+)
 @layers_option
 @limits_options
 @parallel_options
+@click.option(
+    "--build-jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Ranks to build at a time.  [default: as many as cores and memory allow]",
+)
 @threads_option
 @click.option("--force", is_flag=True, help="Replace an engine that is already there.")
 @config_option("output")
