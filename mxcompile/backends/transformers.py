@@ -139,11 +139,23 @@ class TransformersSession:
         """One token for every row; logits float32 [B, N]."""
         return self._step(np.asarray(tokens_B, np.int64).reshape(state.batch_size, 1), state)
 
-    def _step(self, ids_BT: np.ndarray, state: TransformersState) -> np.ndarray:
-        if state.length + ids_BT.shape[1] > self.max_seq_len:
-            raise EngineError(f"{state.length + ids_BT.shape[1]} tokens exceed the model's {self.max_seq_len}")
+    def all_logits(self, prompt: Sequence[int], piece: int) -> Iterator[np.ndarray]:
+        """Read a fresh prompt whole; logits float32 [P, N] of all its tokens, `piece` tokens at a time, so that few are held at once."""
+        ids_BT = np.array([list(prompt)], np.int64)
+        self._check(ids_BT, 0)
+        with torch.inference_mode(), self._limited_threads():
+            hidden_TD = self.model.model(input_ids=torch.from_numpy(ids_BT), use_cache=False).last_hidden_state[0]
+            for start in range(0, len(hidden_TD), piece):
+                yield self.model.lm_head(hidden_TD[start : start + piece]).float().numpy()
+
+    def _check(self, ids_BT: np.ndarray, past: int) -> None:
+        if past + ids_BT.shape[1] > self.max_seq_len:
+            raise EngineError(f"{past + ids_BT.shape[1]} tokens exceed the model's {self.max_seq_len}")
         if ids_BT.size == 0 or ids_BT.min() < 0 or ids_BT.max() >= self.vocab_size:
             raise EngineError(f"prompts must be token ids between 0 and {self.vocab_size - 1}")
+
+    def _step(self, ids_BT: np.ndarray, state: TransformersState) -> np.ndarray:
+        self._check(ids_BT, state.length)
         # Positions are given because the port counts the past in layer 0, which keeps none.
         positions = torch.arange(state.length, state.length + ids_BT.shape[1])[None].expand(len(ids_BT), -1)
         with torch.inference_mode(), self._limited_threads():

@@ -23,8 +23,10 @@ from engines import load
 from engines.directory import read_config
 from engines.interface import Session
 from export.contract import router_tap
+from mxcompile.bench.records import check_schema, damaged
 from mxcompile.bench.results import read_any
 from mxcompile.bench.run import describe_engine, environment, find_checkpoint
+from mxcompile.bench.text import find_tokenizer, read_text
 from mxcompile.errors import MxcompileError
 from mxcompile.progress import Progress, SilentProgress
 from mxcompile.validation.metrics import kl_divergence
@@ -89,18 +91,13 @@ class NeedleReport:
     @classmethod
     def from_dict(cls, values: Any) -> NeedleReport:
         """Inverse of `to_dict`. Raises MxcompileError for another kind of file or schema version."""
-        if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-            raise MxcompileError("this is not a file of `mxcompile bench --needle`")
-        if values.get("schema_version") != SCHEMA_VERSION:
-            raise MxcompileError(
-                f"it has schema version {values.get('schema_version')!r}, this mxcompile reads {SCHEMA_VERSION}; measure again"
-            )
+        values = check_schema(values, SCHEMA, SCHEMA_VERSION, "mxcompile bench --needle")
         try:
             known = {item.name: values[item.name] for item in dataclasses.fields(cls)}
             known["cells"] = [NeedleCell(**item) for item in values["cells"]]
             return cls(**known)
         except (KeyError, TypeError) as error:
-            raise MxcompileError(f"the file is damaged ({error}); measure again") from None
+            raise damaged(error) from None
 
 
 def read_needle(path: str | os.PathLike[str]) -> NeedleReport:
@@ -133,7 +130,7 @@ def needle(
         raise MxcompileError(f"depths are per cents between 0 and 100, not {list(depths)}")
     folder = Path(engine_dir).absolute()
     config = read_config(folder)
-    text = _read_text(haystack)
+    text = None if haystack is None else read_text(haystack)
     pieces = _text_pieces(folder, text) if text is not None else _random_pieces(config.vocab_size, max(lengths), seed)
     checkpoint = find_checkpoint(config, against, needed=True)
     assert checkpoint is not None
@@ -223,26 +220,8 @@ def _random_pieces(vocab_size: int, longest: int, seed: int) -> _Pieces:
     return _Pieces(hay.tolist(), marker, answer)
 
 
-def _read_text(path: str | os.PathLike[str] | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise MxcompileError(f"{path}: is not a UTF-8 text") from None
-    if not text.strip():
-        raise MxcompileError(f"{path}: is empty")
-    return text
-
-
 def _text_pieces(folder: Path, text: str) -> _Pieces:
-    from mxcompile.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.find(folder)
-    if tokenizer is None:
-        raise MxcompileError(
-            f"{folder}: this engine has no tokenizer, so it cannot read a text; leave --haystack out for random tokens"
-        )
+    tokenizer = find_tokenizer((folder,), "leave --haystack out for random tokens")
     return _Pieces(tokenizer.encode(text), tokenizer.encode(MARKER_TEXT), tokenizer.encode(ANSWER_TEXT))
 
 

@@ -67,6 +67,18 @@ from mxcompile.cli.options import PATH, Verb, threads_option, verbose_option
     "--json", "json_file", metavar="FILE", help="Write all numbers, after every cell; - prints them instead of tables."
 )
 @click.option(
+    "--perplexity",
+    type=PATH,
+    metavar="TEXT_FILE",
+    help="Instead of times: the text's perplexity under the engine, PyTorch and each --backend.",
+)
+@click.option("--context", type=click.IntRange(min=2), metavar="TOKENS", help="Cut the text into pieces of so many.")
+@click.option(
+    "--state-drift",
+    metavar="TOKENS,...",
+    help="Instead of times: decode so many tokens, such as 1000,10000,100000; are the recurrent states still right?",
+)
+@click.option(
     "--needle", is_flag=True, help="Instead of times: does the engine answer as PyTorch does, with a key at all depths?"
 )
 @click.option(
@@ -85,6 +97,9 @@ def command(
     no_layer_times: bool,
     resume: bool,
     json_file: str | None,
+    perplexity: Path | None,
+    context: int | None,
+    state_drift: str | None,
     needle: bool,
     depths: str,
     haystack: Path | None,
@@ -97,21 +112,37 @@ def command(
     With --backend, PyTorch and transformers run the same prompts on the engine's checkpoint, taking turns with it. A run that was
     interrupted goes on with --resume. Take the machine for yourself: times mean nothing while others use it.
     """
+    from mxcompile.cli import bench_modes
     from mxcompile.cli.progress_bars import progress
     from mxcompile.planning.memory import parse_tokens
 
-    lengths = tuple(parse_tokens(part.strip()) for part in prompt_lengths.split(","))
-    if needle:
-        return _needle(engine_dir, against, lengths, depths, haystack, threads, numbers["seed"], json_file, verbose)
-    if haystack is not None:
+    def tokens(text: str) -> tuple[int, ...]:
+        return tuple(parse_tokens(part.strip()) for part in text.split(","))
+
+    if sum((needle, perplexity is not None, state_drift is not None)) > 1:
+        raise click.UsageError("--needle, --perplexity and --state-drift are separate runs; give one of them")
+    if haystack is not None and not needle:
         raise click.UsageError("--haystack belongs to --needle")
+    if context is not None and perplexity is None:
+        raise click.UsageError("--context belongs to --perplexity")
+    if needle and resume:
+        raise click.UsageError("--needle runs as a whole and is not resumed")
+    common: dict[str, Any] = {"threads": threads, "json_file": json_file, "verbose": verbose}
+    if needle:
+        where, seed = _numbers(depths, "--depths"), numbers["seed"]
+        return bench_modes.needle(engine_dir, against, tokens(prompt_lengths), where, haystack, seed, **common)
+    if perplexity is not None:
+        how: dict[str, Any] = {"context": context, "dtype": numbers["dtype"], "resume": resume}
+        return bench_modes.perplexity(engine_dir, against, perplexity, backends, **how, **common)
+    if state_drift is not None:
+        return bench_modes.drift(engine_dir, against, tokens(state_drift), numbers["seed"], resume=resume, **common)
     from mxcompile.bench.options import BenchOptions
     from mxcompile.bench.run import bench
     from mxcompile.bench.table import print_bench
     from mxcompile.cli.output import print_json
 
     options = BenchOptions(
-        prompt_lengths=lengths,
+        prompt_lengths=tokens(prompt_lengths),
         batch_sizes=_numbers(batch_sizes, "--batch-sizes"),
         backends=backends or ("engine",),
         limit_s=limit,
@@ -141,42 +172,6 @@ def command(
         click.echo("error: nothing could be measured; the reasons are above", err=True)
         return 3
     return 0
-
-
-def _needle(
-    engine_dir: Path,
-    against: Path | None,
-    lengths: tuple[int, ...],
-    depths: str,
-    haystack: Path | None,
-    threads: int | None,
-    seed: int,
-    json_file: str | None,
-    verbose: bool,
-) -> int:
-    from mxcompile.bench.needle import needle, print_needle
-    from mxcompile.bench.results import write_json
-    from mxcompile.cli.output import print_json
-    from mxcompile.cli.progress_bars import progress
-
-    with progress(verbose) as shown:
-        report = needle(
-            engine_dir,
-            against,
-            lengths,
-            _numbers(depths, "--depths"),
-            haystack=haystack,
-            threads=threads,
-            seed=seed,
-            progress=shown,
-        )
-    if json_file == "-":
-        print_json(report.to_dict())
-    else:
-        print_needle(report)
-        if json_file is not None:
-            write_json(report.to_dict(), json_file)
-    return 0 if report.passed else 1
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:

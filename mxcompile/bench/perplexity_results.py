@@ -1,0 +1,199 @@
+"""What a measurement of perplexity found: plain records that go to JSON and come back unchanged, and the table of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mxcompile.bench.records import check_schema, damaged
+from mxcompile.bench.results import read_any
+from mxcompile.validation.thresholds import LOGIT_SCALE, ROUNDED_FACTOR, Thresholds
+
+SCHEMA = "mxcompile.perplexity"
+SCHEMA_VERSION = 1
+REFERENCE = "pytorch"
+YARDSTICK = "pytorch in the engine's type"
+CHANGE_LIMIT = 1e-3
+"""Largest relative change of the perplexity in exact types: near-ties of the router move single tokens to other experts, which moves the
+mean by far less than this; a percent is what a quantized engine is commonly granted."""
+
+
+@dataclass
+class Side:
+    """One contestant. nll: by segment, of every token but the segment's first, -log p of that token in nats; None where it is no number.
+
+    logit_scale: mean over the tokens of the largest |logit|. left_out: why it takes no part, or stopped.
+    """
+
+    name: str
+    dtype: str
+    nll: list[list[float | None]] = field(default_factory=list)
+    logit_scale: float = 0.0
+    left_out: str = ""
+    failures: list[str] = field(default_factory=list)  # execution errors; tried again once
+
+    def tokens(self) -> np.ndarray:
+        """All values in one array, float64; NaN where there is no number."""
+        return np.array([np.nan if value is None else value for part in self.nll for value in part], np.float64)
+
+
+@dataclass
+class PerplexityReport:
+    """The run. `limit`: on the engine's median |difference| of a token's -log p from PyTorch's; `change_limit`: on the relative change of
+    the perplexity; both 0 until they are known."""
+
+    created: str
+    options: dict[str, Any]
+    engine: dict[str, Any]
+    checkpoint: dict[str, Any]
+    environment: dict[str, Any]
+    text: dict[str, Any]  # path, bytes, sha256, tokens, segments
+    finished: bool = False
+    interruptions: int = 0
+    sides: list[Side] = field(default_factory=list)
+    limit: float = 0.0
+    change_limit: float = 0.0
+
+    def side(self, name: str) -> Side | None:
+        """The contestant of that name."""
+        return next((side for side in self.sides if side.name == name), None)
+
+    def judge(self, thresholds: Thresholds | None) -> None:
+        """Set the limits. `thresholds`: of the engine's type; None for a rounded one, where the yardstick decides."""
+        reference = self.side(REFERENCE)
+        if reference is None:
+            return
+        if thresholds is not None:
+            # One logit, and the log of the sum of all, which moves by at most as much as the logit that moves most.
+            self.limit = 2 * thresholds.logits.value * max(1e-3, reference.logit_scale) / LOGIT_SCALE
+            self.change_limit = CHANGE_LIMIT
+            return
+        yardstick = next((item for item in self.summary() if item["name"] == YARDSTICK), None)
+        if yardstick is not None and yardstick["median_difference"] is not None:
+            self.limit = ROUNDED_FACTOR * yardstick["median_difference"]
+            self.change_limit = ROUNDED_FACTOR * max(abs(yardstick["change"]), CHANGE_LIMIT)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """By contestant: tokens, mean_nll (nats), perplexity, and against PyTorch: change (relative, of the perplexity), median_difference,
+        largest_difference (of a token) and largest_at (which token of the text). None where there is no number."""
+        reference = self.side(REFERENCE)
+        theirs = np.zeros(0) if reference is None or reference.left_out else reference.tokens()
+        out = []
+        for side in self.sides:
+            mine = side.tokens()
+            row: dict[str, Any] = {"name": side.name, "dtype": side.dtype, "left_out": side.left_out}
+            row |= dict.fromkeys(
+                ("tokens", "mean_nll", "perplexity", "change", "median_difference", "largest_difference", "largest_at")
+            )
+            if not side.left_out and len(mine) and np.isfinite(mine).all():
+                mean = float(mine.mean())
+                row |= {"tokens": len(mine), "mean_nll": mean, "perplexity": _exp(mean)}
+                if side.name != REFERENCE and len(theirs) == len(mine) and np.isfinite(theirs).all():
+                    apart = np.abs(mine - theirs)
+                    row |= {
+                        "change": float(np.expm1(min(mean - theirs.mean(), 700.0))),
+                        "median_difference": float(np.median(apart)),
+                        "largest_difference": float(apart.max()),
+                        "largest_at": int(apart.argmax()) + 1,
+                    }
+            out.append(row)
+        return out
+
+    @property
+    def engine_row(self) -> dict[str, Any] | None:
+        """The engine's summary."""
+        return next((row for row in self.summary() if row["name"] == "engine"), None)
+
+    @property
+    def passed(self) -> bool:
+        """The engine keeps both limits."""
+        row = self.engine_row
+        if row is None or row["median_difference"] is None or not self.limit:
+            return False
+        return bool(row["median_difference"] <= self.limit and abs(row["change"]) <= self.change_limit)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        head = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "passed": self.passed, "summary": self.summary()}
+        return head | dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> PerplexityReport:
+        """Inverse of `to_dict`. Raises MxcompileError for another kind of file or schema version."""
+        values = check_schema(values, SCHEMA, SCHEMA_VERSION, "mxcompile bench --perplexity")
+        try:
+            known = {item.name: values[item.name] for item in dataclasses.fields(cls)}
+            known["sides"] = [Side(**item) for item in values["sides"]]
+            report = cls(**known)
+            report.summary()
+            return report
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(error) from None
+
+
+def read_perplexity(path: str | os.PathLike[str]) -> PerplexityReport:
+    """Read a run. Raises MxcompileError naming the file."""
+    report: PerplexityReport = read_any(path, PerplexityReport.from_dict)
+    return report
+
+
+def verdict(report: PerplexityReport) -> str:
+    """One sentence."""
+    row = report.engine_row
+    if row is None or row["left_out"]:
+        return f"The engine's perplexity is not known: {row['left_out'] if row else 'it was not run'}."
+    if row["perplexity"] is None:
+        return "The engine gives out what is no number, so it has no perplexity."
+    if row["change"] is None or not report.limit:
+        return f"The engine's perplexity is {row['perplexity']:.4g}; there is no other to hold it against."
+    reference = next(item for item in report.summary() if item["name"] == REFERENCE)
+    numbers = (
+        f"perplexity {row['perplexity']:.6g}, PyTorch's {reference['perplexity']:.6g} ({row['change']:+.1e}, limit "
+        f"{report.change_limit:.0e}), half of the tokens within {row['median_difference']:.1e} (limit {report.limit:.1e})"
+    )
+    return (
+        f"The engine predicts the text {'as PyTorch does' if report.passed else 'otherwise than PyTorch'}: {numbers}."
+    )
+
+
+def print_perplexity(report: PerplexityReport) -> None:
+    """A line per contestant."""
+    from mxcompile.cli.output import print_table
+
+    rows = [
+        (
+            f"{row['name']} {row['dtype']}",
+            _text(row["perplexity"], ".6g"),
+            _text(row["mean_nll"], ".6f"),
+            _text(row["change"], "+.1e"),
+            _text(row["median_difference"], ".1e"),
+            _text(row["largest_difference"], ".1e"),
+            _text(row["largest_at"], "d"),
+        )
+        for row in report.summary()
+    ]
+    text = report.text
+    title = f"Perplexity of {text['path']}: {text['tokens']} tokens, contexts of {report.options['context']}"
+    heads = ("contestant", "perplexity", "nats a token", "change", "median difference", "largest", "at token")
+    print_table(title, heads, rows)
+    for side in report.sides:
+        for failure in side.failures:
+            print(f"execution error: {side.name}: {failure}")
+        if side.left_out:
+            print(f"left out: {side.name}: {side.left_out}")
+    if not report.finished:
+        print("this run is unfinished; go on with --resume")
+    print(verdict(report))
+
+
+def _text(value: Any, how: str) -> str:
+    return "" if value is None else format(value, how)
+
+
+def _exp(mean: float) -> float | None:
+    return math.exp(mean) if mean < 700 else None
