@@ -18,7 +18,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> Session:
     Raises EngineError when it is not an engine, is damaged, or its runtime is not installed (exit code 3).
     """
     config = read_config(path)
-    if config.target == "onnxruntime" and config.mapping.tp_size > 1:
+    if config.target == "onnxruntime" and config.mapping.ranks > 1:
         from engines.parallel.session import load as load_parallel
 
         return load_parallel(path, **options)

@@ -74,9 +74,11 @@ def build(
     group = GroupExperts()
     grouped = ir.from_proto(ir.to_proto(model))
     prefill_name = f"rank{request.rank}.prefill.onnx" if group(grouped).modified else None
-    _write_graph(writer, graph_name, lower_expert_ranges(model))
+    if request.mapping.cp_size > 1:
+        prefill_name = None  # every rank has its own: `engines.parallel.segments`
+    write_graph(writer, graph_name, lower_expert_ranges(model))
     if prefill_name is not None:
-        _write_graph(writer, prefill_name, grouped)
+        write_graph(writer, prefill_name, grouped)
     writer.write(weights_name, replace(manifest, parts=group.parts).to_json())
     return EngineConfig(
         mxcompile_version=request.mxcompile_version,
@@ -116,7 +118,7 @@ def _is_constant(value: ir.Value | None) -> bool:
     return value is None or value.is_initializer() or (producer is not None and producer.op_type == "Constant")
 
 
-def _write_graph(writer: EngineFiles, name: str, model: ir.Model) -> None:
+def write_graph(writer: EngineFiles, name: str, model: ir.Model) -> None:
     """Write it and let ONNX's checker see its standard part; the runtime's own operators have no schema there."""
     with writer.open(name) as file:
         file.write(ir.to_proto(model).SerializeToString())

@@ -143,7 +143,7 @@ class OrtSession(RaggedSession):
             "past_lengths": past_R,
             "logit_positions": np.ascontiguousarray(wanted_RP),
         }
-        session, names = (self._with_taps(), self._config.taps) if taps else (self._fastest(ids_RT.size), [])
+        session, names = (self._with_taps(), self._config.taps) if taps else (self._fastest(*ids_RT.shape), [])
         binding = self._bind(session, feeds, state, rows)
         logits_RPN = np.empty((*wanted_RP.shape, self.vocab_size), np.float32)
         if logits_RPN.size:
@@ -157,9 +157,9 @@ class OrtSession(RaggedSession):
         found = binding.get_outputs()[-len(names) :] if names else []
         return StepResult(logits_RPN, {n: v.numpy() for n, v in zip(names, found, strict=True)})
 
-    def _fastest(self, tokens: int) -> ort.InferenceSession:
-        """The graph to run this many tokens with."""
-        return self._prefill_session if tokens >= PREFILL_GRAPH_FROM else self._session
+    def _fastest(self, rows: int, tokens: int) -> ort.InferenceSession:
+        """The graph to run this many tokens of each row with."""
+        return self._prefill_session if rows * tokens >= PREFILL_GRAPH_FROM else self._session
 
     def _bind(
         self, session: ort.InferenceSession, feeds: dict[str, np.ndarray], state: OrtState, rows: tuple[int, int]
@@ -233,7 +233,7 @@ class _SingleStep:
             "past_lengths": self.past_R,
             "logit_positions": self._positions_RP,
         }
-        self.session = owner._fastest(count)
+        self.session = owner._fastest(count, 1)
         self.binding = owner._bind(self.session, feeds, state, rows)
         self.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits_RPN))
 

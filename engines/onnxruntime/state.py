@@ -54,8 +54,11 @@ class OrtState:
 
     @property
     def capacity_limit(self) -> int:
-        """One more than the longest row: an idle row at its limit still gets a key written behind its end."""
-        return self.config.limits.max_seq_len + 1
+        """One more than the longest row: an idle row at its limit still gets a key written behind its end.
+
+        Ranks that share a chunk's tokens pad it to a multiple of their number, and write that much behind the end.
+        """
+        return self.config.limits.max_seq_len + self.config.mapping.cp_size
 
     @property
     def nbytes(self) -> int:

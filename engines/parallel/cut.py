@@ -109,4 +109,5 @@ def _exchange(node: onnx.NodeProto, types: dict[str, onnx.TypeProto]) -> Exchang
     unknown = [dim for dim in dims if isinstance(dim, str) and dim not in DIMS]
     if unknown:
         raise EngineError(f"{node.input[0]} is exchanged between ranks but has the unknown dimension {unknown[0]!r}")
-    return Exchange(attributes["collective_operation"].decode(), node.input[0], node.output[0], dims)
+    operation, group = attributes["collective_operation"].decode(), list(attributes.get("groups", ()))
+    return Exchange(operation, node.input[0], node.output[0], dims, group)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +23,9 @@ class Exchanger(Protocol):
     def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
         """Fill `out` with the arrays of all ranks, one behind the other."""
 
+    def of(self, group: Sequence[int]) -> Exchanger:
+        """The same among the ranks of `group` only, to which this rank belongs; all of them make the call. Empty: all ranks."""
+
 
 class MpiExchanger:
     """All processes that the MPI launcher started. Importing mpi4py here initialises MPI."""
@@ -37,9 +42,23 @@ class MpiExchanger:
                 exit_code=ENVIRONMENT,
             ) from error
         self._comm: Any = MPI.COMM_WORLD
+        self._groups: dict[tuple[int, ...], MpiExchanger] = {}
         self._in_place: Any = MPI.IN_PLACE
         self.rank: int = self._comm.Get_rank()
         self.ranks: int = self._comm.Get_size()
+
+    def of(self, group: Sequence[int]) -> MpiExchanger:
+        ranks = tuple(group)
+        if not ranks:
+            return self
+        if self.rank not in ranks:
+            raise EngineError(f"rank {self.rank} does not belong to the group {list(ranks)}; rebuild the engine")
+        if ranks not in self._groups:
+            mine = copy.copy(self)
+            mine._comm = self._comm.Create_group(self._comm.Get_group().Incl(ranks))
+            mine.rank, mine.ranks = mine._comm.Get_rank(), mine._comm.Get_size()
+            self._groups[ranks] = mine
+        return self._groups[ranks]
 
     def all_reduce(self, array: np.ndarray) -> None:
         self._comm.Allreduce(self._in_place, array)

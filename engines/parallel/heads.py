@@ -1,7 +1,8 @@
 """Which heads of the states each rank holds.
 
 The configuration of an engine has the whole model's states; a rank's are a range of their heads. With more ranks than key/value
-heads, neighbouring ranks hold the same head.
+heads, neighbouring ranks hold the same head. Sets of ranks that share the tokens of a chunk all hold all heads; `join` and
+`head_range` are about one set.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def head_range(heads: int, ranks: int, rank: int) -> slice:
 def of_rank(config: EngineConfig, rank: int) -> EngineConfig:
     """The configuration as the rank's own session needs it: with the rank's heads."""
     ranks = config.mapping.tp_size
-    return replace(config, states=[_scaled(spec, ranks, rank) for spec in config.states])
+    return replace(config, states=[_scaled(spec, ranks, rank % ranks) for spec in config.states])
 
 
 def _scaled(spec: StateTensor, ranks: int, rank: int) -> StateTensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from engines.directory import os_errors
 from engines.errors import EngineError
 
 MAGIC = b"MXCPIECE"
-DIMS = ("batch", "tokens", "positions")  # named dimensions that an exchanged value may have
+DIMS = ("batch", "tokens", "segment", "positions")  # named dimensions that an exchanged value may have
 OPERATIONS = ("all_reduce", "all_gather")
 _MAX_HEADER = 64 << 20
 
@@ -25,13 +25,14 @@ _MAX_HEADER = 64 << 20
 class Exchange:
     """What the ranks exchange behind a piece: value `source` goes in, value `result` comes out, both float32.
 
-    all_reduce: the sum over all ranks, same shape. all_gather: all ranks' values one behind the other along axis 0.
+    all_reduce: the sum over the ranks, same shape. all_gather: the ranks' values one behind the other along axis 0.
     """
 
     operation: str
     source: str
     result: str
     dims: list[int | str]  # of source
+    group: list[int] = field(default_factory=list)  # the ranks that take part; empty: all
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def _parse(raw: dict[str, Any]) -> PieceFile:
         exchange = None if item["exchange"] is None else Exchange(**item["exchange"])
         if exchange is not None:
             known = all(dim in DIMS or (type(dim) is int and dim >= 0) for dim in exchange.dims)
+            known &= all(type(rank) is int and 0 <= rank < raw["ranks"] for rank in exchange.group)
             if exchange.operation not in OPERATIONS or not known:
                 raise ValueError("an unknown exchange")
         pieces.append(Piece(**(item | {"exchange": exchange})))

@@ -30,10 +30,21 @@ _Maker = Callable[[LoadedPiece, dict[str, ort.OrtValue]], Callable[[], None] | N
 
 
 class PiecewiseSession:
-    """All pieces of one rank. `tick` is called after every piece and exchange, to show that the rank is alive."""
+    """All pieces of one rank. `tick` is called after every piece and exchange, to show that the rank is alive.
 
-    def __init__(self, pieces: Sequence[LoadedPiece], exchanger: Exchanger, tick: Callable[[], None]) -> None:
-        self.pieces, self.exchanger, self.tick = pieces, exchanger, tick
+    `segments`: how many ranks share the tokens of a run, if they do; a run then has a multiple of as many tokens.
+    """
+
+    def __init__(
+        self, pieces: Sequence[LoadedPiece], exchanger: Exchanger, tick: Callable[[], None], segments: int = 1
+    ) -> None:
+        self.pieces, self.tick, self.segments = pieces, tick, segments
+        exchanges = [loaded.piece.exchange for loaded in pieces]
+        self._exchangers = {tuple(e.group): exchanger.of(e.group) for e in exchanges if e is not None}
+
+    def exchanger(self, exchange: Exchange) -> Exchanger:
+        """Among the ranks that take part."""
+        return self._exchangers[tuple(exchange.group)]
 
     def io_binding(self) -> PiecewiseBinding:
         """An empty binding."""
@@ -60,7 +71,8 @@ class PiecewiseBinding:
         """`array` is read at every run; its memory is used as it is."""
         self._inputs[name] = self._value(array)
         if name == "input_ids":
-            self._sizes |= {"batch": array.shape[0], "tokens": array.shape[1]}
+            batch, tokens = array.shape
+            self._sizes |= {"batch": batch, "tokens": tokens, "segment": tokens // self._owner.segments}
         if name == "logit_positions":
             self._sizes["positions"] = array.shape[1]
 
@@ -127,7 +139,7 @@ class PiecewiseBinding:
         exchange = loaded.piece.exchange
         if exchange is None:
             return None
-        shape, exchanger = self._shape(exchange), self._owner.exchanger
+        shape, exchanger = self._shape(exchange), self._owner.exchanger(exchange)
         if exchange.operation == "all_gather":
             gathered = np.zeros((shape[0] * exchanger.ranks, *shape[1:]), np.float32)
             part = self._array(values[exchange.source], shape)

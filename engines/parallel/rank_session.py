@@ -28,6 +28,8 @@ def share_threads(threads: int) -> None:
 class RankSession(OrtSession):
     """What one rank computes. Every rank must make the same calls in the same order."""
 
+    _tapped_graph: Path  # the one that gives out inner values
+
     def __init__(
         self,
         config: EngineConfig,
@@ -43,6 +45,7 @@ class RankSession(OrtSession):
         rank = exchanger.rank
         files = next(files for files in config.ranks if files.rank == rank)
         prefill_graph = None if files.prefill_graph is None else folder / files.prefill_graph
+        self._tapped_graph = folder / files.graph
         super().__init__(
             of_rank(config, rank), folder / files.graph, prefill_graph, weights, threads=threads, prepack=prepack
         )
@@ -56,7 +59,7 @@ class RankSession(OrtSession):
         file = graph.with_name(pieces.pieces_name(graph.name))
         content, models = pieces.read(file)
         config, rank = self._config, self._exchanger.rank
-        found, wanted = (content.rank, content.ranks), (rank, config.mapping.tp_size)
+        found, wanted = (content.rank, content.ranks), (rank, config.mapping.ranks)
         if found != wanted or content.build != config.options.get("parallel_build"):
             raise EngineError(f"{file}: belongs to rank {found[0]} of {found[1]} of another build; rebuild the engine")
         return content.pieces, models
@@ -66,7 +69,7 @@ class RankSession(OrtSession):
         for piece, model in zip(content, models, strict=True):
             loaded.append(LoadedPiece(piece, self._one(piece, model, prepack) if model else None))
             self._tick()
-        return PiecewiseSession(loaded, self._exchanger, self._tick)
+        return PiecewiseSession(loaded, self._exchanger, self._tick, self._config.mapping.cp_size)
 
     def _one(self, piece: pieces.Piece, model: bytes, prepack: bool) -> ort.InferenceSession:
         options = ort.SessionOptions()
@@ -94,7 +97,7 @@ class RankSession(OrtSession):
             import onnx
 
             wanted, content, models = set(self._config.taps), [], []
-            for piece, data in zip(*self._pieces_of(self._graph), strict=True):
+            for piece, data in zip(*self._pieces_of(self._tapped_graph), strict=True):
                 model = onnx.load_from_string(data) if data else onnx.ModelProto()
                 names = [
                     name for node in model.graph.node for name in node.output if name in wanted - set(piece.outputs)

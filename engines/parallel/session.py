@@ -46,7 +46,7 @@ def load(
     """
     folder = Path(path).resolve()
     config = read_config(folder)
-    ranks = config.mapping.tp_size
+    ranks = config.mapping.ranks
     if [files.rank for files in config.ranks] != list(range(ranks)):
         raise EngineError(f"{folder}: does not have the files of all {ranks} ranks; rebuild the engine")
     verify_files(folder, config, whole=verify == "full")
@@ -176,15 +176,16 @@ class ParallelState:
 
     def read_row(self, row: int, start: int = 0) -> RowSnapshot:
         answers = self._ask({"do": "read_row", "row": int(row), "start": int(start)})
+        one_set = answers[: self._session.config.mapping.tp_size]
 
         def whole(what: str) -> dict[int, np.ndarray]:
             heads = self._heads(what)
-            return {layer: join([a[what][layer] for a in answers], heads, 0) for layer in answers[0][what]}
+            return {layer: join([a[what][layer] for a in one_set], heads, 0) for layer in answers[0][what]}
 
         return RowSnapshot(answers[0]["length"], whole("recurrent"), whole("key"), whole("value"))
 
     def write_row(self, row: int, snapshot: RowSnapshot) -> None:
-        ranks = self._session.config.mapping.tp_size
+        mapping = self._session.config.mapping
         parts = {"recurrent": snapshot.recurrent, "key": snapshot.key, "value": snapshot.value}
         for what, layers in parts.items():
             for layer, array in layers.items():
@@ -196,19 +197,23 @@ class ParallelState:
 
         def message(rank: int) -> dict[str, Any]:
             mine = {
-                what: {layer: array[head_range(self._heads(what), ranks, rank)] for layer, array in layers.items()}
+                what: {
+                    layer: array[head_range(self._heads(what), mapping.tp_size, rank % mapping.tp_size)]
+                    for layer, array in layers.items()
+                }
                 for what, layers in parts.items()
             }
             return {"do": "write_row", "row": int(row), "length": int(snapshot.length), **mine}
 
-        self._ask([message(rank) for rank in range(ranks)])
+        self._ask([message(rank) for rank in range(mapping.ranks)])
 
     def clear_row(self, row: int) -> None:
         self._ask({"do": "clear_row", "row": int(row)})
 
     def _whole(self, what: str, layer: int) -> np.ndarray:
         answers = self._ask({"do": "part", "what": what, "layer": int(layer)})
-        return join([answer["part"] for answer in answers], self._heads(what), 1)
+        one_set = answers[: self._session.config.mapping.tp_size]  # the others hold the same
+        return join([answer["part"] for answer in one_set], self._heads(what), 1)
 
     def _heads(self, what: str) -> int:
         """Heads of the whole model in this kind of state."""

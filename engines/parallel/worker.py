@@ -85,6 +85,7 @@ def _load(rank: int, folder: Path, options: dict[str, Any]) -> RankSession:
     from engines.errors import EngineError
     from engines.parallel.exchange import MpiExchanger
     from engines.parallel.rank_session import RankSession, share_threads
+    from engines.parallel.segment_session import SegmentSession
     from engines.weights import map_weights
 
     engine = Path(options["engine"])
@@ -92,16 +93,17 @@ def _load(rank: int, folder: Path, options: dict[str, Any]) -> RankSession:
     if config.options.get("parallel_build") != options["build"]:
         raise EngineError(f"{engine}: rank {rank} finds another engine there than the session that started it")
     exchanger = MpiExchanger()
-    if (exchanger.rank, exchanger.ranks) != (rank, config.mapping.tp_size):
+    if (exchanger.rank, exchanger.ranks) != (rank, config.mapping.ranks):
         raise EngineError(
-            f"MPI says rank {exchanger.rank} of {exchanger.ranks}, expected {rank} of {config.mapping.tp_size}"
+            f"MPI says rank {exchanger.rank} of {exchanger.ranks}, expected {rank} of {config.mapping.ranks}"
         )
     share_threads(options["threads"])
     files = next(files for files in config.ranks if files.rank == rank)
     assert files.weights is not None
     moved = None if options["checkpoint"] is None else Path(options["checkpoint"])
     weights = map_weights(engine, config, files.weights, moved)
-    return RankSession(
+    kind = RankSession if config.mapping.cp_size == 1 else SegmentSession
+    return kind(
         config,
         engine,
         weights,

@@ -158,7 +158,10 @@ class _Splitter:
         chain = [put("Unsqueeze", past, put.integers(0), dims=[1, *state])]
         for one, fade in zip(added, fades, strict=True):
             chain.append(put("Add", put("Mul", chain[-1], fade, dims=[1, *state]), one, dims=[1, *state]))
-        begin, end = (put("Squeeze", chain[index], put.integers(0), dims=state) for index in (self.segment, self.ranks))
+        # Taken out of one value, so that the first rank, whose recurrence begins at the old state, does not run ahead of the
+        # exchange: the others would wait for its U until it had computed all layers.
+        both = put("Concat", chain[self.segment], chain[-1], dims=[2, *state], axis=0)
+        begin, end = (put("Squeeze", one, put.integers(0), dims=state) for one in put.split(both, 2, dims=[1, *state]))
         node.replace_input_with(3, begin)
         present, name = node.outputs[1], node.outputs[1].name
         present.name = f"{name}.{SEGMENT}"  # what the rank's own recurrence ends with; nobody needs it

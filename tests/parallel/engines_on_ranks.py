@@ -13,6 +13,8 @@ from engines.config import Mapping
 from engines.directory import EngineDirWriter
 from engines.onnxruntime.build import BuildRequest, build
 from engines.parallel.build import build_ranks
+from engines.parallel.segments import build_segments
+from export.parallel.context import split_context
 from export.parallel.mapping import ParallelMapping
 from export.parallel.plan import ShardingPlan
 from export.parallel.shard import shard
@@ -45,7 +47,7 @@ class Workshop:
             return trace_model(self.config)
 
     def engine(self, *sizes: int) -> Path:
-        """Folder of the engine for tp, moe_tp and moe_ep sizes."""
+        """Folder of the engine for tp, moe_tp, moe_ep and cp sizes."""
         path = self.folder / ("engine" + "-".join(map(str, sizes)))
         if path.exists():
             return path
@@ -59,7 +61,7 @@ class Workshop:
             taps=["taps.0.hidden", "taps.7.router_logits"],
         )
         with EngineDirWriter(path) as writer:
-            if mapping.tp_size == 1:
+            if len(mapping.ranks) == 1:
                 model = self.trace.clone()
                 bind_weights(model, self.config, self.checkpoint)
                 writer.commit(build(model, writer, request))
@@ -71,5 +73,12 @@ class Workshop:
                     bind_rank_weights(mine, plan, rank, self.checkpoint)
                     return mine
 
-                writer.commit(build_ranks(graph_of, writer, request))
+                engine = build_ranks(graph_of, writer, request)
+                if mapping.cp_size > 1:
+
+                    def segment_of(rank: int) -> ir.Model:
+                        return split_context(shard(self.trace, plan, rank), plan, rank)
+
+                    engine = build_segments(engine, lambda rank: shard(self.trace, plan, rank), segment_of, writer)
+                writer.commit(engine)
         return path

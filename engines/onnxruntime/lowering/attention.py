@@ -23,7 +23,6 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from engines.onnxruntime.lowering.context_attention import is_of_segment
 from engines.rewrite import (
     CONTRIB,
     constant_before,
@@ -50,6 +49,15 @@ class LowerAttention(ir.passes.InPlacePass):
         if modified:
             model.graph.opset_imports[CONTRIB] = 1
         return ir.passes.PassResult(model, modified)
+
+
+def is_of_segment(node: ir.Node) -> bool:
+    """Whether it is attention of some of the queries of a chunk: rule 1 of `context_attention`."""
+    if node.op_type != "Attention" or node.domain != "":
+        return False
+    write, total = produced_by(_input(node, 1), "TensorScatter"), produced_by(_input(node, 6), "Add")
+    begin = produced_by(total.inputs[0], "Add") if total is not None else None
+    return write is not None and begin is not None and write.inputs[2] in begin.inputs
 
 
 def _lower(node: ir.Node, lengths: dict[ir.Value, tuple[ir.Value, ir.Value]]) -> None:
@@ -99,7 +107,8 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if len(node.inputs) > index else None
 
 
-def _check(node: ir.Node, key_write: ir.Node, value_write: ir.Node, total: ir.Value) -> None:
+def check_form(node: ir.Node) -> None:
+    """ValueError unless attention is causal, over all keys, without a mask and with its cache outside."""
     integers = {"left_window_size": -1, "right_window_size": -1, "is_causal": 1, "qk_matmul_output_mode": 0}
     for name, wanted in integers.items():
         if name in node.attributes and node.attributes[name].as_int() != wanted:
@@ -110,6 +119,10 @@ def _check(node: ir.Node, key_write: ir.Node, value_write: ir.Node, total: ir.Va
         raise ValueError(f"{node.name}: softcap is not canonical")
     if any(out.uses() or out.is_graph_output() for out in node.outputs[1:]):
         raise ValueError(f"{node.name}: only the first output of canonical attention is used")
+
+
+def _check(node: ir.Node, key_write: ir.Node, value_write: ir.Node, total: ir.Value) -> None:
+    check_form(node)
     where = key_write.inputs[2]
     for write in (key_write, value_write):
         if write.attributes["axis"].as_int() != 2 or write.inputs[2] is not where:

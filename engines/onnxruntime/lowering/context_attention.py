@@ -6,7 +6,9 @@ asked, so `Attention` stays, which computes a score for every slot that it is gi
 Rules:
 1. Matches `Attention` with `nonpad_kv_seqlen` = Add(Add(p, shift), number of queries) over caches that are written at p; other nodes
    stay as they are.
-2. Keys and values are cut behind the longest row's last visible slot. The copy reads what attention reads anyway, for every query.
+2. As in `attention`, it must be causal over all keys, with no mask. The windows' attributes (-1: none) are newer than the runtime's opset
+   and go.
+3. Keys and values are cut behind the longest row's last visible slot. The copy reads what attention reads anyway, for every query.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from engines.rewrite import constant_before, produced_by
+from engines.onnxruntime.lowering.attention import check_form, is_of_segment
+from engines.rewrite import constant_before
 
 
 class LowerContextAttention(ir.passes.InPlacePass):
@@ -29,19 +32,13 @@ class LowerContextAttention(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
-def is_of_segment(node: ir.Node) -> bool:
-    """Whether it is an attention node that rule 1 describes."""
-    if node.op_type != "Attention" or node.domain != "" or len(node.inputs) < 7:
-        return False
-    write, total = produced_by(node.inputs[1], "TensorScatter"), produced_by(node.inputs[6], "Add")
-    begin = produced_by(total.inputs[0], "Add") if total is not None else None
-    return write is not None and begin is not None and write.inputs[2] in begin.inputs
-
-
 def _lower(node: ir.Node) -> None:
     graph, total = node.graph, node.inputs[6]
     assert isinstance(graph, ir.Graph)
     assert total is not None
+    check_form(node)
+    for name in ("left_window_size", "right_window_size"):
+        node.attributes.pop(name, None)
     longest = ir.node("ReduceMax", [total], {"keepdims": 1})
     graph.insert_before(node, longest)
     for index in (1, 2):
