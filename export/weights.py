@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import ml_dtypes
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from export.errors import ExportError
 from model_defs.config import ModelConfig
-from model_defs.weights import Direct, Recipe, weight_recipes
+from model_defs.weights import Direct, InterleavedStack, Recipe, Stacked, weight_recipes
 
 _NUMPY_DTYPES = {
     ir.DataType.FLOAT: np.float32,
@@ -86,10 +86,37 @@ def bound_tensor(name: str, recipe: Recipe, value: ir.Value, source: Source) -> 
             file = entry.file
             return ir.ExternalTensor(str(file), entry.offset, entry.nbytes, dtype, shape=value.shape, name=name)
 
+    if not isinstance(recipe, Direct):
+        return ExpertTensor(recipe, source, dtype, value.shape, name)
+
     def assemble() -> ir.TensorProtocol:
-        array = recipe.assemble(source.array)
-        if array.shape != tuple(shape):
-            raise ExportError(f"{name} assembles to shape {list(array.shape)}, the model needs {list(shape)}")
-        return ir.tensor(array.astype(_NUMPY_DTYPES[dtype], copy=False), dtype=dtype, name=name)
+        return _as_tensor(recipe.assemble(source.array), dtype, name, tuple(shape))
 
     return ir.LazyTensor(assemble, dtype=dtype, shape=value.shape, name=name, cache=False)
+
+
+class ExpertTensor(ir.LazyTensor):
+    """The stacked weights of a layer's experts, made when somebody asks, whole or one expert at a time."""
+
+    def __init__(
+        self, recipe: Stacked | InterleavedStack, source: Source, dtype: ir.DataType, shape: ir.Shape, name: str
+    ) -> None:
+        def assemble() -> ir.TensorProtocol:
+            return _as_tensor(recipe.assemble(source.array), dtype, name, tuple(shape.numpy()))
+
+        super().__init__(assemble, dtype=dtype, shape=shape, name=name, cache=False)
+        self._recipe, self._source = recipe, source
+
+    def experts(self) -> Iterator[NDArray]:
+        """Each expert's weights [rows, columns] in the type they are stored in. Raises ExportError where the shape is wrong."""
+        for recipe in self._recipe.experts():
+            array = recipe.assemble(self._source.array)[0]
+            if array.shape != tuple(self.shape.numpy())[1:]:
+                raise ExportError(f"an expert of {self.name} assembles to shape {list(array.shape)}")
+            yield array
+
+
+def _as_tensor(array: NDArray, dtype: ir.DataType, name: str, shape: tuple[int, ...]) -> ir.TensorProtocol:
+    if array.shape != shape:
+        raise ExportError(f"{name} assembles to shape {list(array.shape)}, the model needs {list(shape)}")
+    return ir.tensor(array.astype(_NUMPY_DTYPES[dtype], copy=False), dtype=dtype, name=name)

@@ -45,6 +45,10 @@ class Stacked:
             out[expert] = read(name)
         return out
 
+    def experts(self) -> Iterator[Stacked]:
+        """The recipes of each expert alone."""
+        return (Stacked((name,)) for name in self.tensors)
+
 
 @dataclass(frozen=True)
 class InterleavedStack:
@@ -64,6 +68,10 @@ class InterleavedStack:
             out[expert, 0::2] = read(even)
             out[expert, 1::2] = read(odd)
         return out
+
+    def experts(self) -> Iterator[InterleavedStack]:
+        """The recipes of each expert alone."""
+        return (InterleavedStack((even,), (odd,)) for even, odd in zip(self.even, self.odd, strict=True))
 
 
 Recipe = Direct | Stacked | InterleavedStack

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from export.parallel.plan import ShardingPlan
+    from export.quantize import QuantizationError
     from model_defs.config import ModelConfig
 
 TARGET_DTYPES = {
@@ -34,6 +35,8 @@ TARGET_DTYPES = {
 """Targets, and the types of weights and activations that each can run, the default first: ONNX Runtime's CPU kernels of
 the contributed operators (LinearAttention, MoE beside an fp32 router) take fp32, our TensorRT plugins the 16-bit types.
 """
+
+QUANTIZATIONS = ("int8",)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def build(
     dtype: str | None = None,
     gpu: str | None = None,
     strip_weights: bool = False,
+    quantize_experts: str | None = None,
     layers: int | None = None,
     max_batch_size: int = 8,
     max_seq_len: int = 4096,
@@ -73,6 +77,7 @@ def build(
     tp_size: int = 1,
     moe_tp_size: int | None = None,
     moe_ep_size: int | None = None,
+    cp_size: int = 1,
     build_jobs: int | None = None,
     threads: int | None = None,
     force: bool = False,
@@ -84,11 +89,13 @@ def build(
         dtype: of weights and activations; states and logits are fp32. Default: the target's first of TARGET_DTYPES.
         gpu: what a TensorRT engine is for, by a name of `engines.tensorrt.gpus`; default: the target's usual one.
         strip_weights: keep the weights out of a TensorRT engine; it reads them from the checkpoint when it is loaded.
+        quantize_experts: "int8" keeps the experts' weights in 8 bits, quantized from the checkpoint on the way.
         layers: take the first ones only; each computes what it does in the full model.
         max_seq_len: most tokens of one sequence, prompt and output together.
         prefill_chunk: tokens of one piece of a long prompt; default: the target's.
         tp_size, moe_tp_size, moe_ep_size: ranks that share the model, and how they share the experts
             (`export.parallel.mapping`).
+        cp_size: sets of such ranks that share the tokens of a prefill chunk (`export.parallel.context`).
         build_jobs: ranks to build at a time, for ONNX Runtime; default: as many as cores and memory allow.
         threads: CPU threads; default: the CPUs this process may use.
         force: replace an engine that is at `output`.
@@ -107,7 +114,11 @@ def build(
         raise MxcompileError(
             "--build-jobs is a number of ranks, at least 1, to build at a time for the target onnxruntime"
         )
+    if quantize_experts is not None:
+        check_choice("quantize-experts", quantize_experts, QUANTIZATIONS)
     if target != "onnxruntime":
+        if cp_size != 1:
+            raise MxcompileError(f"the target {target} does not split prompts over ranks; leave --cp-size out")
         from mxcompile.tensorrt_building import build_tensorrt
 
         return build_tensorrt(
@@ -117,6 +128,7 @@ def build(
             dtype=dtype,
             gpu=gpu,
             strip_weights=strip_weights,
+            quantize_experts=quantize_experts,
             layers=layers,
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
@@ -129,16 +141,21 @@ def build(
         )
     if gpu is not None or strip_weights:
         raise MxcompileError(f"--gpu and --strip-weights are for the TensorRT targets, not for {target}")
+    if quantize_experts is not None and (tp_size > 1 or cp_size > 1):
+        raise MxcompileError(
+            f"the target {target} runs quantized experts on one rank; leave --quantize-experts out, or --tp-size and --cp-size"
+        )
     shown = progress or SilentProgress()
     clock = StageClock(shown)
     with EngineDirWriter(output, force=force) as writer:
         with clock.stage("read"):
             opened, config = open_checkpoint(Path(checkpoint), layers)
             check_limits(config, max_batch_size, max_seq_len, prefill_chunk)
-            plan = _sharding_plan(config, tp_size, moe_tp_size, moe_ep_size)
+            plan = _sharding_plan(config, tp_size, moe_tp_size, moe_ep_size, cp_size)
+            several = len(plan.mapping.ranks) > 1
             fingerprint = opened.fingerprint()
         with clock.stage("trace"), _torch_threads(threads):
-            model = bound_graph(config, dtype, opened) if tp_size == 1 else graph(config, dtype)
+            model = graph(config, dtype) if several else bound_graph(config, dtype, opened)
 
         from engines.onnxruntime.build import DEFAULT_PREFILL_CHUNK, BuildRequest
         from engines.onnxruntime.build import build as build_engine
@@ -148,7 +165,8 @@ def build(
             model=config.to_dict(),
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
-            prefill_chunk=prefill_chunk or DEFAULT_PREFILL_CHUNK,
+            # Every rank then computes as many tokens at a time as one rank alone would.
+            prefill_chunk=_shared_chunk(prefill_chunk or DEFAULT_PREFILL_CHUNK * cp_size, max_seq_len, cp_size),
             dtype=dtype,
             checkpoint=CheckpointReference(str(opened.folder), fingerprint),
             taps=[tap(layer) for layer in range(config.num_layers) for tap in (hidden_tap, router_tap)],
@@ -156,15 +174,21 @@ def build(
             versions=_versions(),
             mapping=EngineMapping(**dataclasses.asdict(plan.mapping)),
         )
-        if tp_size == 1:
+        if not several:
+            quantized = quantize(model) if quantize_experts is not None else None
             with StageByName(clock) as report:
                 referenced = referenced_bytes(model)
                 engine = build_engine(model, writer, request, report)
+            if quantized is not None:
+                engine = dataclasses.replace(engine, quantization=quantized.described())
         else:
             from mxcompile.rank_building import build_ranks
 
             with clock.stage("ranks"):
                 engine, referenced = build_ranks(model, plan, opened.folder, writer, request, shown, build_jobs)
+            if cp_size > 1:
+                with StageByName(clock) as report:
+                    engine = _build_segments(engine, model, plan, writer, report)
         with clock.stage("build"):
             for file in opened.tokenizer_files:
                 writer.add(file.name, file)
@@ -208,17 +232,53 @@ def _verify(engine_dir: Path, threads: int | None) -> None:
         )
 
 
-def _sharding_plan(config: ModelConfig, tp_size: int, moe_tp_size: int | None, moe_ep_size: int | None) -> ShardingPlan:
+def _sharding_plan(
+    config: ModelConfig, tp_size: int, moe_tp_size: int | None, moe_ep_size: int | None, cp_size: int
+) -> ShardingPlan:
     """The plan, or the reason why there is none: sizes that do not divide, or no MPI to run what would be built."""
     from export.parallel.mapping import ParallelMapping
     from export.parallel.plan import ShardingPlan
 
-    plan = ShardingPlan(config, ParallelMapping.of(tp_size, moe_tp_size, moe_ep_size))
-    if tp_size > 1:
+    plan = ShardingPlan(config, ParallelMapping.of(tp_size, moe_tp_size, moe_ep_size, cp_size))
+    if len(plan.mapping.ranks) > 1:
         from engines.parallel.launch import find_launcher
 
         find_launcher()
     return plan
+
+
+def quantize(model: ir.Model) -> QuantizationError:
+    """Let the experts of a bound graph be int8; the error is known when their weights have been written."""
+    from export.quantize import QuantizeExperts
+
+    experts = QuantizeExperts()
+    experts(model)
+    return experts.error
+
+
+def _shared_chunk(chunk: int, max_seq_len: int, cp_size: int) -> int:
+    """The prefill chunk; MxcompileError when it has fewer tokens than there are ranks to share them."""
+    most = min(chunk, max_seq_len)
+    if cp_size > most:
+        raise MxcompileError(
+            f"--cp-size {cp_size}: a prefill chunk has {most} tokens, so some ranks would never get one; "
+            f"take --cp-size {most} at most, or a larger --prefill-chunk and --max-seq-len"
+        )
+    return chunk
+
+
+def _build_segments(
+    engine: EngineConfig, model: ir.Model, plan: ShardingPlan, writer: EngineDirWriter, report: StageByName
+) -> EngineConfig:
+    """Add the graphs with which ranks share the tokens of a chunk to what the first set of ranks has."""
+    from engines.parallel.segments import build_segments
+    from export.parallel.context import split_context
+    from export.parallel.shard import shard
+
+    def segment_of(rank: int) -> ir.Model:
+        return split_context(shard(model, plan, rank), plan, rank)
+
+    return build_segments(engine, lambda rank: shard(model, plan, rank), segment_of, writer, report)
 
 
 class StageByName:

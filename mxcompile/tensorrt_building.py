@@ -16,7 +16,7 @@ from engines.directory import EngineDirWriter, read_config, verify_files
 from engines.errors import EngineError
 from engines.tensorrt.gpus import Gpu, find_gpu
 from mxcompile import __version__
-from mxcompile.building import BuildSummary, StageByName, check_limits, engine_sizes, referenced_bytes
+from mxcompile.building import BuildSummary, StageByName, check_limits, engine_sizes, quantize, referenced_bytes
 from mxcompile.errors import EnvironmentProblem, MxcompileError
 from mxcompile.exporting import graph, open_checkpoint, peak_memory
 from mxcompile.progress import Progress, SilentProgress, StageClock
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from engines.tensorrt.build import BuildRequest
     from export.parallel.plan import ShardingPlan
+    from export.quantize import QuantizationError
     from export.weights import Source
     from model_defs.checkpoint.reader import Checkpoint
     from model_defs.config import ModelConfig
@@ -41,6 +42,7 @@ def build_tensorrt(
     dtype: str,
     gpu: str | None = None,
     strip_weights: bool = False,
+    quantize_experts: str | None = None,
     layers: int | None = None,
     max_batch_size: int = 8,
     max_seq_len: int = 4096,
@@ -80,6 +82,7 @@ def build_tensorrt(
             prefill_chunk=prefill_chunk or DEFAULT_PREFILL_CHUNK,
             dtype=dtype,
             strip_weights=strip_weights,
+            quantization=None if quantize_experts is None else {"experts": quantize_experts},
             checkpoint=CheckpointReference(str(opened.folder), opened.fingerprint()),
             mapping=EngineMapping(tp_size, plan.mapping.moe_tp_size, plan.mapping.moe_ep_size),
             mxcompile_version=__version__,
@@ -133,6 +136,7 @@ def _build_engine(
     from export.weights import bind_weights
 
     referenced = 0
+    errors: list[QuantizationError] = []
 
     def graph_of(rank: int) -> ir.Model:
         nonlocal referenced
@@ -142,12 +146,18 @@ def _build_engine(
         else:
             mine = shard(model, plan, rank)
             bind_rank_weights(mine, plan, rank, cast("Source", checkpoint))
+        if request.quantization is not None:
+            errors.append(quantize(mine))
         referenced += referenced_bytes(mine) if request.strip_weights else 0
         return mine
 
-    if plan.mapping.tp_size == 1:
-        return build(graph_of(0), writer, request, report), referenced
-    engine = build_ranks(graph_of, writer, request, report)
+    one_rank = plan.mapping.tp_size == 1
+    engine = build(graph_of(0), writer, request, report) if one_rank else build_ranks(graph_of, writer, request, report)
+    if errors:
+        total = errors[0]
+        for error in errors[1:]:
+            total = total + error
+        engine = dataclasses.replace(engine, quantization=total.described())
     return engine, referenced
 
 

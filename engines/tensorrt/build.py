@@ -44,6 +44,7 @@ class BuildRequest:
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK
     dtype: str = "bfloat16"
     strip_weights: bool = False  # keep them out of the plan; a session binds them
+    quantization: dict[str, Any] | None = None
     checkpoint: Checkpoint | None = None
     mapping: Mapping = field(default_factory=Mapping)
     rank: int = 0
@@ -122,6 +123,7 @@ def build_rank(
         target=request.target,
         model=request.model,
         dtype=request.dtype,
+        quantization=request.quantization,
         mapping=request.mapping,
         limits=Limits(request.max_batch_size, request.max_seq_len, request.chunk),
         inputs=[port(value) for value in own_inputs],

@@ -69,5 +69,13 @@ def exchanges(compiled: CompiledPlan) -> list[tuple[str, str]]:
 
 def _build_id(request: BuildRequest) -> str:
     """Tells the plans of one build from those of another."""
-    facts = (request.model, request.checkpoint, request.dtype, request.mapping, request.gpu, request.versions)
+    facts = (
+        request.model,
+        request.checkpoint,
+        request.dtype,
+        request.quantization,
+        request.mapping,
+        request.gpu,
+        request.versions,
+    )
     return hashlib.sha256(repr(facts).encode()).hexdigest()

@@ -22,8 +22,9 @@ from engines.errors import EngineError
 from engines.interface import Positions, RowSnapshot, StepResult, check_start
 from export.contract import LOGITS, TOKEN_INPUTS, hidden_tap, router_tap, state_specs
 from model_defs import ops
+from model_defs.quantization import SCHEMES, rounded_rows
 from model_defs.text_model import TextModel
-from model_defs.weights import weight_recipes
+from model_defs.weights import Direct, weight_recipes
 
 if TYPE_CHECKING:
     from model_defs.checkpoint.reader import Checkpoint
@@ -72,6 +73,7 @@ class PyTorchSession:
         checkpoint: str | os.PathLike[str] | Checkpoint,
         dtype: str = "float32",
         layers: int | None = None,
+        quantize_experts: str | None = None,
         **options: Any,
     ) -> PyTorchSession:
         """Load a checkpoint folder (or an opened checkpoint).
@@ -79,6 +81,7 @@ class PyTorchSession:
         Args:
             dtype: of weights and activations; "float64" and "float32" widen the stored weights exactly.
             layers: take the first ones only.
+            quantize_experts: "int8" rounds the experts' weights as an engine with int8 experts does.
             options: of the constructor.
 
         Raises CheckpointError or ConfigError for a bad checkpoint, EngineError for an unknown dtype.
@@ -92,7 +95,7 @@ class PyTorchSession:
         config = opened.config if layers is None else opened.config.truncated(layers)
         require_complete(opened, config)
         reference = CheckpointReference(str(opened.folder), opened.fingerprint())
-        return cls(load_model(opened, config, dtype), checkpoint=reference, **options)
+        return cls(load_model(opened, config, dtype, quantize_experts), checkpoint=reference, **options)
 
     @property
     def config(self) -> EngineConfig:
@@ -348,14 +351,23 @@ class PyTorchState:
         return out
 
 
-def load_model(checkpoint: Checkpoint, config: ModelConfig, dtype: str = "float32") -> TextModel:
+def load_model(
+    checkpoint: Checkpoint, config: ModelConfig, dtype: str = "float32", quantize_experts: str | None = None
+) -> TextModel:
     """`TextModel(config)` with the checkpoint's weights; one parameter at a time is held twice."""
+    if quantize_experts not in (None, *SCHEMES):
+        raise EngineError(
+            f"the PyTorch definition knows no experts in {quantize_experts!r}; known: {', '.join(SCHEMES)}"
+        )
     with torch.device("meta"):
         model = TextModel(config, DTYPES[dtype])
     wide = np.float64 if dtype == "float64" else np.float32
     for name, recipe in weight_recipes(config).items():
         # A copy: the checkpoint's arrays are views of a file that must not be written to.
-        values = torch.from_numpy(recipe.assemble(checkpoint.array).astype(wide)).to(DTYPES[dtype])
+        array = recipe.assemble(checkpoint.array)
+        if quantize_experts is not None and not isinstance(recipe, Direct):
+            array = np.stack([rounded_rows(expert) for expert in array])
+        values = torch.from_numpy(array.astype(wide)).to(DTYPES[dtype])
         owner, _, leaf = name.rpartition(".")
         expected = model.get_parameter(name).shape
         if values.shape != expected:

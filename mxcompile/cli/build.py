@@ -36,6 +36,9 @@ from mxcompile.cli.options import (
 @click.option(
     "--strip-weights", is_flag=True, help="Leave weights out of a TensorRT engine; read them when it is loaded."
 )
+@click.option(
+    "--quantize-experts", type=click.Choice(["int8"]), help="Keep the experts' weights in 8 bits, quantized on the way."
+)
 @layers_option
 @limits_options
 @parallel_options

@@ -53,6 +53,14 @@ def print_report(report: ValidationReport, console: Console | None = None) -> No
             console.print(Text(f"{check.group}, {check.case}: {note}", "dim"), soft_wrap=True)
     for item in report.not_run:
         console.print(Text(f"not run: {item.check} ({item.reason})", "dim"), soft_wrap=True)
+    effect = (report.engine.get("quantization") or {}).get("effect")
+    if effect is not None:
+        console.print(
+            f"{report.engine['quantization']['experts']} experts against the checkpoint's own: logits "
+            f"{number(effect['relative_logit_error'])} apart, KL {number(effect['kl_divergence'])} nats, the same first token "
+            f"at {effect['same_first_token']:.1%} of {effect['tokens']:.0f} positions",
+            soft_wrap=True,
+        )
     console.print(f"greedy: {greedy_text(report)} identical, {report.seconds:.1f} s in all", soft_wrap=True)
     console.print(Text(report.verdict, "bold green" if report.passed else "bold red"), soft_wrap=True)
 

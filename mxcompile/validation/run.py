@@ -24,10 +24,11 @@ from mxcompile.validation.observe import has_taps, observe, one_piece
 from mxcompile.validation.options import ValidationOptions
 from mxcompile.validation.results import Check, Fault, LayerErrors, Measure, NotRun, ValidationReport
 from mxcompile.validation.thresholds import EXACT, LOGIT_SCALE, Thresholds, rounded_thresholds, thresholds_for
-from mxcompile.validation.yardstick import measure_yardstick
+from mxcompile.validation.yardstick import measure_yardstick, quantization_effect
 
 if TYPE_CHECKING:
     from model_defs.checkpoint.reader import Checkpoint
+    from mxcompile.backends.pytorch import PyTorchSession
 
 LAYERS_GROUP = "Layers against PyTorch"
 
@@ -68,10 +69,15 @@ def validate(
             judge.thresholds = rounded_thresholds(measure_yardstick(reference, yardstick, probe.rows[0], judge.factor))
             bench.yardstick = yardstick
         layers, fault, layer_checks = _compare_layers(bench, probe, kinds)
+        engine_description = _description(session)
+        if session.config.quantization is not None and opened is not None:
+            own = _reference(opened, options, session.config.num_layers, None)
+            effect = quantization_effect(reference, own, probe.rows[0])
+            engine_description["quantization"] = session.config.quantization | {"effect": effect}
     report = ValidationReport(
         created=created.isoformat(timespec="seconds"),
         seconds=0.0,
-        engine=_description(session),
+        engine=engine_description,
         reference=_description(reference),
         environment=_environment(options),
         options=_options(options),
@@ -137,14 +143,27 @@ def _open(engine: Any, against: Any, options: ValidationOptions) -> tuple[Sessio
     session = load(engine, **threads, **({"checkpoint": opened.folder} if moved else {})) if is_folder else engine
     if not isinstance(opened, Checkpoint):
         return session, opened, None
-    from mxcompile.backends.pytorch import PyTorchSession
-
     layers = session.config.num_layers
     if layers > opened.config.num_layers:
         raise MxcompileError(
             f"the engine has {layers} layers, the checkpoint {opened.folder} {opened.config.num_layers}"
         )
-    return session, PyTorchSession.load(opened, options.reference_dtype, layers, **threads), opened
+    return session, _reference(opened, options, layers, _quantized_experts(config)), opened
+
+
+def _reference(
+    opened: Checkpoint, options: ValidationOptions, layers: int, quantize_experts: str | None
+) -> PyTorchSession:
+    """The PyTorch definition, with its experts rounded as the engine's are."""
+    from mxcompile.backends.pytorch import PyTorchSession
+
+    return PyTorchSession.load(
+        opened, options.reference_dtype, layers, quantize_experts=quantize_experts, threads=options.threads
+    )
+
+
+def _quantized_experts(config: EngineConfig) -> str | None:
+    return None if config.quantization is None else config.quantization.get("experts")
 
 
 def _yardstick_session(session: Session, opened: Checkpoint | None, options: ValidationOptions) -> Session:
@@ -153,7 +172,13 @@ def _yardstick_session(session: Session, opened: Checkpoint | None, options: Val
 
     if opened is None:
         raise MxcompileError(f"an engine in {session.config.dtype} is validated against a checkpoint, not a session")
-    return PyTorchSession.load(opened, session.config.dtype, session.config.num_layers, threads=options.threads)
+    return PyTorchSession.load(
+        opened,
+        session.config.dtype,
+        session.config.num_layers,
+        quantize_experts=_quantized_experts(session.config),
+        threads=options.threads,
+    )
 
 
 def _check_same_model(engine: EngineConfig, reference: EngineConfig) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engines.config import EngineConfig
+from model_defs.quantization import SCHEMES
 from mxcompile.errors import MxcompileError
 
 LOGIT_SCALE = 6.0
@@ -155,9 +156,11 @@ def rounded_thresholds(yardstick: Yardstick) -> Thresholds:
 def thresholds_for(engine: EngineConfig) -> Thresholds | None:
     """The limits that apply to an engine; None for a rounded type, whose limits need a yardstick.
 
+    An engine with int8 experts keeps the limits of its type: the reference computes with the same rounded weights.
+
     Raises MxcompileError when no rule was set for its kind.
     """
-    if engine.quantization is not None:
+    if engine.quantization is not None and engine.quantization.get("experts") not in SCHEMES:
         raise MxcompileError(
             f"no limits are set for engines quantized as {engine.quantization!r}; validate an engine without quantization"
         )

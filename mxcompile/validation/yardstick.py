@@ -44,3 +44,14 @@ def measure_yardstick(
         router=max(router),
         topk=float(metrics.in_top(first_P, other.logits_PN, TOP_K).mean()),
     )
+
+
+def quantization_effect(reference: Session, original: Session, tokens: NDArray[np.int64]) -> dict[str, float]:
+    """How far the PyTorch definition with quantized weights (`reference`) is from the one with the checkpoint's own, on one prompt."""
+    with_own, with_quantized = (observe(session, [tokens])[0].logits_PN for session in (original, reference))
+    return {
+        "relative_logit_error": float(np.median(metrics.relative_norm(with_own, with_quantized))),
+        "kl_divergence": float(np.median(metrics.kl_divergence(with_own, with_quantized))),
+        "same_first_token": float((with_own.argmax(-1) == with_quantized.argmax(-1)).mean()),
+        "tokens": float(len(tokens)),
+    }

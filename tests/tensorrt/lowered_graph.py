@@ -17,9 +17,11 @@ from export.parallel.mapping import ParallelMapping
 from export.parallel.plan import ShardingPlan
 from export.parallel.shard import shard
 from export.parallel.weights import bind_rank_weights
+from export.quantize import QuantizeExperts
 from export.trace import trace_model
 from model_defs.config import ModelConfig
 from model_defs.presets import preset
+from model_defs.quantization import rounded_rows
 from model_defs.text_model import TextModel
 from model_defs.weights import Direct, Stacked, weight_recipes
 
@@ -41,6 +43,15 @@ def random_model(config: ModelConfig, dtype: str, seed: int = 0) -> TextModel:
         spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1.0
         drawn = torch.randn(parameter.shape, generator=generator) * spread
         parameter.data = drawn.to(torch.bfloat16).to(parameter.dtype)
+    return model
+
+
+def with_int8_experts(model: TextModel) -> TextModel:
+    """The model with its experts quantized and read back; in place."""
+    for name, parameter in model.named_parameters():
+        if ".fc1." in name or ".fc2." in name:
+            rounded = np.stack([rounded_rows(expert) for expert in numpy_of(parameter)])
+            parameter.data = torch.from_numpy(rounded).to(parameter.dtype)
     return model
 
 
@@ -74,14 +85,21 @@ def lowered(config: ModelConfig, dtype: str, model: TextModel, attention: Attent
 
 
 def lowered_ranks(
-    config: ModelConfig, dtype: str, model: TextModel, attention: Attention, mapping: ParallelMapping
+    config: ModelConfig,
+    dtype: str,
+    model: TextModel,
+    attention: Attention,
+    mapping: ParallelMapping,
+    quantized: bool = False,
 ) -> list[ir.Model]:
-    """The lowered graph of every rank, cut and bound as a build does it."""
+    """The lowered graph of every rank, cut, bound and quantized as a build does it."""
     plan, source = ShardingPlan(config, mapping), MemorySource(model)
     graphs = []
     for rank in mapping.ranks:
         mine = shard(traced(config, dtype), plan, rank)
         bind_rank_weights(mine, plan, rank, source)
+        if quantized:
+            QuantizeExperts()(mine)
         graphs.append(lower(mine, CAPACITY, attention))
     return graphs
 

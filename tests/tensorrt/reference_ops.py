@@ -83,6 +83,18 @@ class MoE(OpRun):
         return (out.reshape(x.shape).astype(x.dtype),)
 
 
+class QMoEInt8(OpRun):
+    """The plugin's int8 experts: signed bytes times the scale of their row; otherwise as MoE."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, x, router, fc1, scale1, bias, fc2, scale2, k=None, first_local_expert=None, **_attributes):  # type: ignore[no-untyped-def]
+        assert fc1.dtype == fc2.dtype == np.int8
+        assert scale1.dtype == scale2.dtype == np.float32
+        wide1, wide2 = wide(fc1) * scale1[..., None], wide(fc2) * scale2[..., None]
+        return MoE._run(self, x, router, wide1, bias, wide2, k=k, first_local_expert=first_local_expert)
+
+
 class SoftmaxAttention(OpRun):
     """mxcompile::SoftmaxAttention row by row: reads nothing behind a row's length."""
 
@@ -154,4 +166,4 @@ def on_ranks(ranks: int, work: Callable[[int], Any]) -> list[Any]:
         return list(pool.map(one, range(ranks)))
 
 
-NEW_OPS = [MatMul, Gemm, RMSNormalization, Attention, LinearAttention, MoE, SoftmaxAttention, DistCollective]
+NEW_OPS = [MatMul, Gemm, RMSNormalization, Attention, LinearAttention, MoE, QMoEInt8, SoftmaxAttention, DistCollective]

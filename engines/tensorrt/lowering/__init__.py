@@ -15,9 +15,18 @@ from engines.tensorrt.lowering.fill_absent_inputs import FillAbsentInputs
 from engines.tensorrt.lowering.mask_attention import MaskAttention
 from engines.tensorrt.lowering.narrow_lightning import NarrowLightning
 from engines.tensorrt.lowering.plugin_attention import PluginAttention
+from engines.tensorrt.lowering.signed_experts import SignedExperts
 from engines.tensorrt.lowering.static_cache import StaticCache
 
-__all__ = ["FillAbsentInputs", "MaskAttention", "NarrowLightning", "PluginAttention", "StaticCache", "lower"]
+__all__ = [
+    "FillAbsentInputs",
+    "MaskAttention",
+    "NarrowLightning",
+    "PluginAttention",
+    "SignedExperts",
+    "StaticCache",
+    "lower",
+]
 
 Attention = Literal["mask", "plugin"]
 
@@ -31,6 +40,7 @@ def lower(model: ir.Model, capacity: int, attention: Attention) -> ir.Model:
         NarrowLightning(),
         StaticCache(capacity),
         MaskAttention(capacity) if attention == "mask" else PluginAttention(),
+        SignedExperts(),
         FillAbsentInputs(),
         CommonSubexpressionEliminationPass(),
         RemoveUnusedNodesPass(),

@@ -3,8 +3,8 @@
 TensorRT's plugins know no absent inputs: the ONNX parser would shift the later inputs forward.
 
 Rules:
-1. Every absent input of a com.microsoft::MoE or QMoE node that lies before a present one becomes a constant of shape [0] and of the type of
-   the node's first input.
+1. Every absent input of a com.microsoft::MoE or QMoEInt8 node that lies before a present one becomes a constant of shape [0] and of
+   the type of the node's first input.
 2. The constants of one type are one value.
 """
 
@@ -21,7 +21,7 @@ class FillAbsentInputs(ir.passes.InPlacePass):
         empty: dict[ir.DataType, ir.Value] = {}
         modified = False
         for node in list(model.graph):
-            if node.domain == "com.microsoft" and node.op_type in ("MoE", "QMoE"):
+            if node.domain == "com.microsoft" and node.op_type in ("MoE", "QMoEInt8"):
                 for index, value in enumerate(node.inputs):
                     if value is None:
                         node.replace_input_with(index, _empty(model.graph, node, empty))
