@@ -25,6 +25,8 @@ class Answer:
 
     def __init__(self, response: httpx.Response) -> None:
         self._response = response
+        stream = response.extensions.get("network_stream") if hasattr(socket, "TCP_QUICKACK") else None  # Linux
+        self._socket = stream.get_extra_info("socket") if stream is not None else None  # slow: not for every token
 
     @classmethod
     async def ask(cls, client: httpx.AsyncClient, model: str, tensors: dict[str, Any]) -> Answer:
@@ -41,15 +43,19 @@ class Answer:
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
         """The outputs of each response. Raises ApiError when the request fails."""
+        rest = b""
         try:
-            async for line in self._response.aiter_lines():
+            async for data in self._response.aiter_bytes():
                 self._acknowledge()
-                if not line.startswith("data:"):
-                    continue
-                values: dict[str, Any] = json.loads(line[5:])
-                if "error" in values:
-                    raise _refusal(500, line)
-                yield values
+                # Not httpx's lines: they also end at characters that text may hold, such as U+2028.
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    if not line.startswith(b"data:"):
+                        continue
+                    values: dict[str, Any] = json.loads(line[5:])
+                    if "error" in values:
+                        raise _refusal(500, line.decode())
+                    yield values
         except httpx.TransportError:
             raise ApiError(503, "the engine server ended; try again in a moment") from None
 
@@ -61,9 +67,8 @@ class Answer:
         """Acknowledge what came at once. Triton leaves Nagle's algorithm on, which holds the next token back until
         then; the system would wait 40 ms. It forgets this option, so it is set each time.
         """
-        receiver = self._response.extensions["network_stream"].get_extra_info("socket")
-        if hasattr(socket, "TCP_QUICKACK"):  # Linux
-            receiver.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        if self._socket is not None:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
 
 def _refusal(status: int, text: str) -> ApiError:

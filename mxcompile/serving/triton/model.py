@@ -49,6 +49,7 @@ POLL_CANCELLED_S = 0.05
 START_LIMIT_S = 600.0
 DRAIN_LIMIT_S = 60.0
 LONGEST_PAUSE_S = 30.0
+SERVERS_OWN = ("PYTHONHOME", "MALLOC_ARENA_MAX")  # of the environment: not for the engine process
 READY, RESTARTS = ("engine_ready", ()), ("engine_restarts_total", ())
 
 
@@ -119,7 +120,7 @@ class TritonPythonModel:
             [self._python, "-m", "mxcompile.serving.worker", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            env={name: value for name, value in os.environ.items() if name != "PYTHONHOME"},
+            env={name: value for name, value in os.environ.items() if name not in SERVERS_OWN},
         )
         theirs.close()
         wire = Wire(ours)

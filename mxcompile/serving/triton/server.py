@@ -63,10 +63,16 @@ class TritonServer:
             "--disable-auto-complete-config",
             f"--exit-timeout-secs={drain_s}",
         ]
-        environment = os.environ | {
-            "PATH": f"{installation.python.parent}:{os.environ.get('PATH', '')}",
-            "LD_LIBRARY_PATH": f"{installation.library_dir}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":"),
-        }
+        # With an arena of memory for each of Triton's many threads, abandoned and large requests go on making it grow, by
+        # kilobytes each (tests/serving/soak.py finds that); with two it comes to rest.
+        environment = (
+            {"MALLOC_ARENA_MAX": "2"}
+            | os.environ
+            | {
+                "PATH": f"{installation.python.parent}:{os.environ.get('PATH', '')}",
+                "LD_LIBRARY_PATH": f"{installation.library_dir}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":"),
+            }
+        )
         for name in ("PYTHONHOME", "VIRTUAL_ENV"):
             environment.pop(name, None)
         try:
