@@ -36,6 +36,12 @@ serving_options = together(
         "--state-dir", type=PATH, metavar="DIR", help="Where sessions go that leave memory, and all at the end."
     ),
     click.option(
+        "--state-dir-limit",
+        type=click.IntRange(min=1),
+        metavar="MIB",
+        help="Room for sessions in --state-dir; the one not used for longest leaves.  [default: what the disk holds]",
+    ),
+    click.option(
         "--max-queue",
         type=click.IntRange(min=0),
         default=256,
@@ -64,15 +70,20 @@ serving_options = together(
 )
 
 
-def settings(cache_mib: int, state_dir: Path | None, checkpoint: Path | None, **others: Any) -> Any:
+def settings(
+    cache_mib: int, state_dir: Path | None, state_dir_limit: int | None, checkpoint: Path | None, **others: Any
+) -> Any:
     """The engine process's settings out of `serving_options`, all but the name."""
     from mxcompile.errors import MxcompileError
     from mxcompile.serving.worker import Settings
 
     if state_dir is not None and cache_mib == 0:
         raise MxcompileError("--state-dir keeps sessions, and --cache-mib 0 turns them off; give one of the two")
+    if state_dir_limit is not None and state_dir is None:
+        raise MxcompileError("--state-dir-limit: give --state-dir too; without it no session goes to disk")
     return Settings(
         "",
+        state_dir_bytes=state_dir_limit << 20 if state_dir_limit is not None else None,
         cache_bytes=cache_mib << 20,
         state_dir=str(state_dir.resolve()) if state_dir else None,
         checkpoint=str(checkpoint.resolve()) if checkpoint else None,

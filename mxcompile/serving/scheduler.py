@@ -63,6 +63,7 @@ class _Job:
     slot: int = -1
     row: Row | None = None
     fed: int = 0
+    keys: list[bytes] = field(default_factory=list)  # of the prompt's whole blocks, where the prefix cache is asked
     past: int = 0  # tokens of the session before this request
     cached: int = 0
     last_token: float = 0.0
@@ -275,7 +276,9 @@ class Scheduler:
             prompt, found = [*saved.unfed, *prompt], saved.snapshot
             job.past = job.cached = found.length
         elif self._cache is not None:
-            found = self._cache.find(prompt)
+            job.keys = self._cache.keys(prompt)
+            # At least one token must be read, for its logits.
+            found = self._cache.find(job.keys[: (len(prompt) - 1) // self._chunk])
             if found is not None:
                 job.fed = job.cached = found.length
             self.metrics.prefix(job.fed, len(prompt))
@@ -320,8 +323,8 @@ class Scheduler:
         logits_BN = self._read(parts)
         for job, part in parts:
             job.fed += len(part)
-            if self._cache is not None and job.past == 0 and len(part) == self._chunk:
-                self._cache.store(job.sequence.prompt[: job.fed], self._state, job.slot)
+            if self._cache is not None and job.keys and len(part) == self._chunk:
+                self._cache.store(job.keys[: job.fed // self._chunk], self._state, job.slot)
             if job.fed == len(job.sequence.prompt):
                 if job.unborn:
                     self._fork(job, logits_BN[job.slot])

@@ -20,6 +20,7 @@ from engines.interface import RowSnapshot
 from mxcompile.errors import MxcompileError
 
 MAGIC = b"MXCSTAT1"
+PARTIAL = ".partial-"  # begins the name of a file that is not whole yet
 _DIGEST = 32
 _LARGEST_HEADER = 1 << 24
 _ROLES = ("recurrent", "key", "value")
@@ -42,21 +43,31 @@ def engine_digest(config: EngineConfig) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def write_state(file: Path, engine: str, name: str, snapshot: RowSnapshot, unfed: Sequence[int]) -> None:
-    """Write whole or not at all; only the owner may read it (it is a conversation). Raises OSError."""
-    arrays: list[np.ndarray] = []
+def encode_state(engine: str, name: str, snapshot: RowSnapshot, unfed: Sequence[int]) -> list[bytes | memoryview]:
+    """A state file's contents but for the digest at its end; arrays are not copied."""
+    arrays: list[memoryview] = []
     tensors: list[dict[str, Any]] = []
     for role in _ROLES:
         for layer, array in sorted(getattr(snapshot, role).items()):
-            arrays.append(np.ascontiguousarray(array))
+            arrays.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             tensors.append({"role": role, "layer": layer, "dtype": array.dtype.name, "shape": list(array.shape)})
     head = {"engine": engine, "name": name, "length": snapshot.length, "unfed": list(unfed), "tensors": tensors}
     header = json.dumps(head).encode()
+    return [MAGIC, len(header).to_bytes(8, "little"), header, *arrays]
+
+
+def state_bytes(parts: Sequence[bytes | memoryview]) -> int:
+    """Bytes of the file that `parts` make."""
+    return sum(len(part) for part in parts) + _DIGEST
+
+
+def write_parts(file: Path, parts: Sequence[bytes | memoryview]) -> None:
+    """Write a file whole or not at all; only the owner may read it (it is a conversation). Raises OSError."""
     digest = hashlib.sha256()
-    descriptor, temporary = tempfile.mkstemp(prefix=".partial-", dir=file.parent)  # mode 0600
+    descriptor, temporary = tempfile.mkstemp(prefix=PARTIAL, dir=file.parent)  # mode 0600
     try:
         with os.fdopen(descriptor, "wb") as out:
-            for part in (MAGIC, len(header).to_bytes(8, "little"), header, *(a.tobytes() for a in arrays)):
+            for part in parts:
                 out.write(part)
                 digest.update(part)
             out.write(digest.digest())
@@ -64,6 +75,11 @@ def write_state(file: Path, engine: str, name: str, snapshot: RowSnapshot, unfed
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_state(file: Path, engine: str, name: str, snapshot: RowSnapshot, unfed: Sequence[int]) -> None:
+    """Write one session's state. Raises OSError."""
+    write_parts(file, encode_state(engine, name, snapshot, unfed))
 
 
 def read_state(file: Path, engine: str, name: str) -> tuple[RowSnapshot, list[int]]:

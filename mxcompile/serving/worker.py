@@ -36,7 +36,9 @@ _TEXT_BYTES_PER_TOKEN = 64  # more than a prompt that fits can have, so that a l
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a server sets. `cache_bytes` 0 keeps neither prefixes nor sessions."""
+    """What a server sets. `cache_bytes` 0 keeps neither prefixes nor sessions. `state_dir_bytes`: what session files
+    may take in `state_dir`.
+    """
 
     engine: str
     threads: int | None = None
@@ -49,6 +51,7 @@ class Settings:
     max_prompt_tokens: int | None = None
     prefill_budget: int | None = None
     max_queue_per_client: int | None = None
+    state_dir_bytes: int | None = None
 
 
 class Worker:
@@ -57,12 +60,12 @@ class Worker:
     def __init__(self, engine: LoadedEngine, settings: Settings, wire: Wire) -> None:
         self._engine, self._wire = engine, wire
         self._chunk = settings.prefill_chunk or engine.config.limits.prefill_chunk
-        self._sessions = cache = None
+        self._sessions = self._budget = cache = None
         if settings.cache_bytes > 0:
-            budget, digest = MemoryBudget(settings.cache_bytes), engine_digest(engine.config)
+            self._budget, digest = MemoryBudget(settings.cache_bytes), engine_digest(engine.config)
             folder = Path(settings.state_dir) if settings.state_dir else None
-            self._sessions = SessionStore(budget, digest, folder)
-            cache = StateCache(budget, self._chunk, digest)
+            self._sessions = SessionStore(self._budget, digest, folder, settings.state_dir_bytes)
+            cache = StateCache(self._budget, self._chunk, digest)
         self._scheduler = Scheduler(
             engine.session,
             limits=Limits(
@@ -102,6 +105,7 @@ class Worker:
                 self._scheduler.wait(METRICS_EVERY_S / 2)
                 self._scheduler.step()
                 if time.monotonic() - reported > METRICS_EVERY_S:
+                    self._count_states()
                     self._out.append({"is": "metrics"} | self._scheduler.metrics.snapshot())
                     reported = time.monotonic()
                 self._flush()
@@ -116,6 +120,16 @@ class Worker:
         self._out.append({"is": "drained"})
         with contextlib.suppress(OSError):
             self._flush()
+
+    def _count_states(self) -> None:
+        metrics = self._scheduler.metrics
+        if self._budget is not None:
+            metrics.gauges["cache_bytes"] = self._budget.used
+            metrics.counts["cache_evictions_total"] = self._budget.evicted
+        if self._sessions is not None and (files := self._sessions.files) is not None:
+            metrics.gauges["state_dir_bytes"] = files.nbytes
+            for what, count in files.counts.items():
+                metrics.counts[f"state_files_{what}_total"] = count
 
     def _flush(self) -> None:
         with self._lock:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import resource
+
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_scheduler import ask, run
+from toy_session import ToySession
 
 from engines.interface import RowSnapshot
+from mxcompile.errors import MxcompileError
 from mxcompile.serving.cache import MemoryBudget, SessionStore
-from mxcompile.serving.state_file import StateFileError, read_state, write_state
+from mxcompile.serving.requests import Finished, RequestError
+from mxcompile.serving.scheduler import Scheduler
+from mxcompile.serving.state_file import StateFileError, encode_state, read_state, state_bytes, write_state
+from mxcompile.serving.state_folder import StateFolder
 
 
 def snapshot(dtype=np.float32):
@@ -55,12 +65,98 @@ def test_every_damaged_byte_is_found(tmp_path):
             read_state(tmp_path / "a", "engine", "name")
 
 
-def test_sessions_survive_a_restart_of_the_same_engine_only(tmp_path):
+def test_sessions_survive_a_restart_of_the_same_engine_only(tmp_path, caplog):
     store = SessionStore(MemoryBudget(10**6), "engine", tmp_path)
     store.save("talk", snapshot(), [7])
     assert store.flush() == 1
-    again = SessionStore(MemoryBudget(10**6), "engine", tmp_path).load("talk")
+    store.close()
+    store = SessionStore(MemoryBudget(10**6), "engine", tmp_path)
+    again = store.load("talk")
     assert again is not None
     assert (again.length, again.unfed) == (5, (7,))
-    assert SessionStore(MemoryBudget(10**6), "another engine", tmp_path).load("talk") is None
-    assert [file.suffix for file in tmp_path.iterdir()] == [".state"]
+    store.close()
+    store = SessionStore(MemoryBudget(10**6), "another engine", tmp_path)
+    assert store.load("talk") is None
+    assert "was written by another engine" in caplog.text
+    store.close()
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == ["", ".state"], "the lock and the session"
+
+
+def test_a_folder_is_one_servers(tmp_path):
+    first = StateFolder(tmp_path, "engine")
+    with pytest.raises(MxcompileError, match="another server keeps its states there"):
+        StateFolder(tmp_path, "engine")
+    first.close()
+    StateFolder(tmp_path, "engine").close()
+
+
+NAMES = st.sampled_from("abcdef")
+SIZES = st.integers(1, 40)  # tokens
+
+
+def of_tokens(count):
+    return RowSnapshot(count, {0: np.ones((1, 2, 2), np.float32)}, {1: np.ones((1, count, 4), np.float32)}, {})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(NAMES, st.none() | SIZES), max_size=30), st.integers(1000, 4000))
+def test_files_stay_within_the_limit_and_the_longest_unused_leave(tmp_path_factory, actions, limit):
+    """Against a model: a dictionary in order of last use. None reads, a number writes."""
+    path = tmp_path_factory.mktemp("states")
+    folder = StateFolder(path, "engine", limit)
+    model: dict[str, tuple[int, int]] = {}  # name -> tokens, bytes
+    for name, tokens in actions:
+        if tokens is None:
+            read = folder.read(name)
+            assert (read[0].length if read else None) == (model[name][0] if name in model else None)
+            if name in model:
+                model[name] = model.pop(name)
+        else:
+            size = state_bytes(encode_state("engine", name, of_tokens(tokens), []))
+            model.pop(name, None) if size <= limit else None
+            while size <= limit and sum(b for _, b in model.values()) + size > limit:
+                model.pop(next(iter(model)))
+            assert folder.write(name, of_tokens(tokens), []) == (size <= limit)
+            if size <= limit:
+                model[name] = (tokens, size)
+        assert folder.nbytes == sum(b for _, b in model.values()) <= limit
+    folder.close()
+    smaller = StateFolder(path, "engine", limit // 2)
+    assert smaller.nbytes <= limit // 2, "a limit holds for what an earlier server left"
+    smaller.close()
+
+
+def test_what_a_killed_server_left_half_written_is_removed_and_never_read(tmp_path):
+    folder = StateFolder(tmp_path, "engine")
+    folder.write("talk", snapshot(), [1])
+    whole = folder._file("talk").read_bytes()
+    folder.close()
+    (tmp_path / ".partial-abc").write_bytes(whole)
+    folder = StateFolder(tmp_path, "engine")
+    assert not list(tmp_path.glob(".partial-*"))
+    assert folder.read("talk") is not None
+    folder._file("talk").write_bytes(whole[: len(whole) // 2])
+    assert folder.read("talk") is None
+    assert folder.counts["refused"] == 1
+    folder.close()
+
+
+def test_a_full_disk_is_logged_and_serving_goes_on(tmp_path, caplog):
+    """Writes fail for real, in the middle of a file: the process may write files of 100 bytes only."""
+    scheduler = Scheduler(ToySession(), sessions=SessionStore(MemoryBudget(60), "engine", tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        for name in ("one", "two"):  # each is larger than half of the memory
+            client, _ = ask(scheduler, [1, 2, 3], session=name, session_start=True)
+            run(scheduler)
+            assert isinstance(client.end, Finished)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert '"event": "state_not_written", "session": "one"' in caplog.text
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"], "nothing half-written is left"
+    with pytest.raises(RequestError, match="session 'one' is not known"):
+        ask(scheduler, [4], session="one")
+    client, _ = ask(scheduler, [4], session="two")
+    run(scheduler)
+    assert isinstance(client.end, Finished)

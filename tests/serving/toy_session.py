@@ -23,13 +23,14 @@ class ToyState:
     def lengths(self):
         return np.array([len(row) for row in self.history], np.int64)
 
-    def read_row(self, row):
+    def read_row(self, row, start=0):
         seen = self.history[row]
+        assert 0 <= start <= len(seen)
         return RowSnapshot(
             len(seen),
             {0: np.array([[[hash_of(seen)]]], np.float32)},
-            {1: np.array(seen, np.float32).reshape(1, -1, 1)},
-            {1: np.array(seen, np.float32).reshape(1, -1, 1) + 1},
+            {1: np.array(seen[start:], np.float32).reshape(1, -1, 1)},
+            {1: np.array(seen[start:], np.float32).reshape(1, -1, 1) + 1},
         )
 
     def write_row(self, row, snapshot):
