@@ -55,7 +55,7 @@ def profile(folder: Path, checkpoint: str | None, length: int, steps: int, threa
     Raises EngineError where the engine cannot tell.
     """
     config = read_config(folder)
-    if config.target != "onnxruntime" or config.mapping.tp_size > 1 or not config.taps:
+    if config.target != "onnxruntime" or config.mapping.ranks > 1 or not config.taps:
         raise EngineError("only an ONNX Runtime engine of one rank tells its time by layer")
     files = config.ranks[0]
     assert files.weights is not None

@@ -12,7 +12,7 @@ from typing import Any
 from mxcompile.errors import MxcompileError
 
 SCHEMA = "mxcompile.bench"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: rounds in passes, intervals of medians, memory of devices
 MAX_FILE_BYTES = 512 * 2**20
 
 

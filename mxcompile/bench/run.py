@@ -7,13 +7,13 @@ import datetime
 import hashlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from engines.config import EngineConfig
 from engines.directory import read_config
-from mxcompile.bench import memory, rates
+from mxcompile.bench import estimate, memory, rates
 from mxcompile.bench.contestants import ContestantError, ContestantProcess, ContestantTimeout
 from mxcompile.bench.options import BenchOptions
 from mxcompile.bench.results import BenchReport, Cell, Contestant, Failure, LayerTimes, NotRun, read_json, write_json
@@ -23,6 +23,7 @@ from mxcompile.progress import Progress, SilentProgress
 
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 PROFILED_STEPS = 16
+ROUNDS_APART = 1000  # seeds of a pass from those of the next, so that rounds never share their tokens
 
 
 def bench(
@@ -33,6 +34,7 @@ def bench(
     json_file: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> BenchReport:
     """Measure an engine, and other backends on its checkpoint.
 
@@ -40,6 +42,7 @@ def bench(
         against: the checkpoint; default: where it lay when the engine was built.
         json_file: written whole after every cell.
         resume: go on with the unfinished run in `json_file`.
+        announce: is told once, before the first cell, what will be measured and how long that may take.
 
     Raises MxcompileError: another checkpoint than the engine's, a file that cannot be gone on with. What cannot run is in the report.
     """
@@ -48,7 +51,7 @@ def bench(
     config = read_config(folder)
     checkpoint = find_checkpoint(config, against, needed=set(options.backends) != {"engine"})
     report = _begin(folder, config, checkpoint, options, json_file, resume)
-    runner = _Runner(folder, config, options, report, json_file, progress)
+    runner = _Runner(folder, config, options, report, json_file, progress, announce)
     try:
         runner.run()
     except KeyboardInterrupt:
@@ -160,12 +163,15 @@ class _Runner:
         report: BenchReport,
         json_file: str | os.PathLike[str] | None,
         progress: Progress,
+        announce: Callable[[str], None] | None,
     ) -> None:
         self._folder, self._config, self._options = folder, config, options
         self.report = report
         self._json_file = json_file
-        self._progress = progress
+        self._progress, self._announce = progress, announce
+        self._bounds: dict[tuple[str, int, int], dict[str, float] | None] = {}
         self._processes: dict[str, ContestantProcess] = {}
+        self._left = ""
         self._too_slow: dict[str, list[tuple[int, int]]] = {}
 
     def save(self) -> None:
@@ -179,17 +185,21 @@ class _Runner:
         options, report = self._options, self.report
         if report.finished:
             return
-        with contextlib.ExitStack() as stack:
-            with self._progress.stage("machine"):
-                self._measure_rates()
-            for name in options.backends:
-                with self._progress.stage(f"load {name}"):
-                    process = stack.enter_context(ContestantProcess(self._setup(name)))
-                    self._enter(name, process)
-            self.save()
-            for batch in options.batch_sizes:
-                for length in options.prompt_lengths:
-                    self._run_cell(length, batch)
+        with self._progress.stage("machine"):
+            self._measure_rates()
+        cells = [(length, batch) for batch in options.batch_sizes for length in options.prompt_lengths]
+        for number in range(options.passes):
+            if all(self._rounds_left(name, *cell, number) == 0 for name in options.backends for cell in cells):
+                continue  # of a run that is gone on with
+            with contextlib.ExitStack() as stack:
+                for name in options.backends:
+                    with self._progress.stage(f"load {name}"):
+                        process = stack.enter_context(ContestantProcess(self._setup(name)))
+                        self._enter(name, process)
+                self.save()
+                for place, (length, batch) in enumerate(cells):
+                    self._tell(cells, place, number)
+                    self._run_cell(length, batch, number)
                     self.save()
         if options.layer_times and "engine" in options.backends:
             with self._progress.stage("layers"):
@@ -217,9 +227,13 @@ class _Runner:
         return self._config.dtype if name == "engine" else self._options.dtype
 
     def _enter(self, name: str, process: ContestantProcess) -> None:
-        """Load a contestant, or note why it is left out."""
-        entry = Contestant(name, self._dtype(name))
-        self.report.contestants.append(entry)
+        """Load a contestant, or note why it is left out; one that was left out in an earlier pass stays out."""
+        entry = next((item for item in self.report.contestants if item.name == name), None)
+        if entry is None:
+            entry = Contestant(name, self._dtype(name))
+            self.report.contestants.append(entry)
+        elif entry.left_out:
+            return
         if name == "transformers":
             from importlib.util import find_spec
 
@@ -234,7 +248,7 @@ class _Runner:
         if not entry.left_out:
             try:
                 ready = process.start()
-                entry.load_s, entry.loaded_bytes = ready["load_s"], ready["loaded_bytes"]
+                entry.load_s, entry.loaded_bytes = ready["load_s"], max(entry.loaded_bytes, ready["loaded_bytes"])
                 entry.notes = ready["notes"]
                 self._processes[name] = process
             except ContestantError as error:
@@ -248,11 +262,23 @@ class _Runner:
             except ContestantError as error:
                 self.report.not_run.append(NotRun("machine", f"the machine's rates could not be measured: {error}"))
 
-    def _run_cell(self, length: int, batch: int) -> None:
-        """All contestants that can, taking turns; one that fails twice is noted and the others go on."""
+    def _rounds_left(self, name: str, length: int, batch: int, number: int) -> int:
+        """Rounds of pass `number` that are still to be measured."""
+        cell = self.report.cell(name, length, batch)
+        done = 0 if cell is None else sum(item["pass"] == number for item in cell.repeats)
+        return max(0, self._options.rounds(number) - done)
+
+    def _run_cell(self, length: int, batch: int, number: int) -> None:
+        """The rounds of one pass, all contestants that can taking turns; one that fails twice is noted and the others go on."""
         options, report = self._options, self.report
         left_out = {item.name for item in report.contestants if item.left_out}  # said once, not at every cell
-        names = [n for n in options.backends if n not in left_out and report.cell(n, length, batch) is None]
+        names = [
+            name
+            for name in options.backends
+            if name not in left_out
+            and report.reason(name, length, batch) is None
+            and self._rounds_left(name, length, batch, number)
+        ]
         reasons = {name: self._reason_against(name, length, batch) for name in names}
         if reasons.get("engine") and len(names) > 1:
             reasons |= {
@@ -264,22 +290,67 @@ class _Runner:
             if reason:
                 report.not_run.append(NotRun(name, reason, length, batch))
         taking_part = [name for name in names if not reasons[name]]
-        rounds = options.warmup + options.repeats
+        rounds = options.warmup + options.rounds(number)
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in taking_part}
-        with self._progress.stage(f"{length} x {batch}", rounds * len(taking_part)) as stage:
-            for number in range(rounds):
-                turn = number % max(1, len(taking_part))
-                for name in taking_part[turn:] + taking_part[:turn]:
+        title = f"{length} x {batch}" + (f", pass {number + 1} of {options.passes}" if options.passes > 1 else "")
+        with self._progress.stage(title + self._left, rounds * len(taking_part)) as stage:
+            for turn in range(rounds):
+                first = (number + turn) % max(1, len(taking_part))
+                for name in taking_part[first:] + taking_part[:first]:
                     if name not in found:
                         continue
-                    sample = self._sample(name, length, batch, number)
+                    sample = self._sample(name, length, batch, ROUNDS_APART * number + turn)
                     if sample is None:
                         del found[name]
-                    elif number >= options.warmup:
-                        found[name].append(sample)
+                    elif turn >= options.warmup:
+                        found[name].append(sample | {"pass": number})
                     stage.advance()
         for name, repeats in found.items():
-            report.cells.append(Cell(name, length, batch, repeats, summary(repeats, length, batch)))
+            cell = report.cell(name, length, batch)
+            if cell is None:
+                cell = Cell(name, length, batch, [], {})
+                report.cells.append(cell)
+            # Rounds of this pass from before an interruption give way to those that belong together.
+            cell.repeats = [item for item in cell.repeats if item["pass"] != number] + repeats
+            cell.summary = summary(cell.repeats, length, batch)
+
+    def _bound(self, name: str, length: int, batch: int) -> dict[str, float] | None:
+        """Least prefill_s and decode_s of a cell at the machine's best rates so far, or None where they say nothing about it."""
+        best = self.report.best_rates()
+        if best is None or self._config.quantization is not None or self._config.target != "onnxruntime":
+            return None
+        key = (name, length, batch)
+        if key not in self._bounds:
+            element = ELEMENT_BYTES.get(self._dtype(name), 4)
+            self._bounds[key] = rates.bound(self._config.model, element, best, length, batch, self._options.new_tokens)
+        return self._bounds[key]
+
+    def _tell(self, cells: list[tuple[int, int]], place: int, number: int) -> None:
+        """How long the cells from `place` of this pass on, and the passes behind it, will take; announced before the first cell."""
+        options, report = self._options, self.report
+        able = [name for name in options.backends if name in self._processes]
+        runs: dict[tuple[int, int], bool] = {}
+        for length, batch in cells:
+            deciding = "engine" if "engine" in able else next(iter(able), None)  # what it cannot run, nobody runs
+            runs[length, batch] = deciding is not None and not self._reason_against(deciding, length, batch)
+        rounds = [
+            (name, length, batch, options.warmup + options.rounds(later))
+            for later in range(number, options.passes)
+            for length, batch in (cells[place:] if later == number else cells)
+            for name in able
+            if runs[length, batch]
+            and report.reason(name, length, batch) is None
+            and self._rounds_left(name, length, batch, later)
+        ]
+        seconds = estimate.seconds_left(report, rounds, self._bound, options.new_tokens)
+        self._left = "" if seconds is None else f", about {estimate.duration(seconds)} left"
+        if self._announce is not None:
+            missing = sum(not possible for possible in runs.values())
+            skipped = f" ({missing} sizes cannot run)" if missing else ""
+            how_long = "" if seconds is None else f": about {estimate.duration(seconds)}"
+            count = len({(name, length, batch) for name, length, batch, _ in rounds})
+            self._announce(f"{count} cells to measure{skipped}, passes: {options.passes}{how_long}")
+            self._announce = None
 
     def _reason_against(self, name: str, length: int, batch: int) -> str:
         """Why a contestant cannot run a cell, or nothing."""
@@ -296,6 +367,11 @@ class _Runner:
         for slow_length, slow_batch in self._too_slow.get(name, ()):
             if length >= slow_length and batch >= slow_batch:
                 return f"{slow_length} tokens x {slow_batch} already took more than {self._options.limit_s:g} s"
+        bound = self._bound(name, length, batch)
+        least = 0.0 if bound is None else estimate.least_seconds(bound, self._options.new_tokens)
+        if least > self._options.limit_s:
+            took = estimate.duration(least)
+            return f"a round takes at least {took} at this machine's rates, more than {self._options.limit_s:g} s"
         need = memory.cell_bytes(
             self._config.model,
             name,
@@ -357,23 +433,19 @@ class _Runner:
 
     def _bound_all(self) -> None:
         """Hold every cell against the machine's best rates of this run."""
-        best = self.report.best_rates()
-        if best is None:
-            return
         if self._config.quantization is not None or self._config.target != "onnxruntime":
             self.report.not_run.append(
                 NotRun("machine", "fractions of the roofline: only for unquantized engines on the CPU")
             )
             return
+        self._bounds.clear()  # the rates may have been higher at the end
         for cell in self.report.cells:
-            element = ELEMENT_BYTES.get(self._dtype(cell.contestant), 4)
-            least = rates.bound(
-                self._config.model, element, best, cell.prompt_length, cell.batch_size, self._options.new_tokens
-            )
-            cell.bound = least | {
-                "prefill_fraction": least["prefill_s"] / cell.summary["ttft_s"]["median"],
-                "decode_fraction": least["decode_s"] / cell.summary["itl_s"]["median"],
-            }
+            least = self._bound(cell.contestant, cell.prompt_length, cell.batch_size)
+            if least is not None:
+                cell.bound = least | {
+                    "prefill_fraction": least["prefill_s"] / cell.summary["ttft_s"]["median"],
+                    "decode_fraction": least["decode_s"] / cell.summary["itl_s"]["median"],
+                }
 
 
 def describe_engine(folder: Path, config: EngineConfig) -> dict[str, Any]:
@@ -386,7 +458,7 @@ def describe_engine(folder: Path, config: EngineConfig) -> dict[str, Any]:
         "quantization": config.quantization,
         "layers": config.num_layers,
         "model": config.model,
-        "ranks": config.mapping.tp_size,
+        "ranks": config.mapping.ranks,
         "max_batch_size": config.limits.max_batch_size,
         "max_seq_len": config.limits.max_seq_len,
         "prefill_chunk": config.limits.prefill_chunk,

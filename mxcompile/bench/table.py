@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mxcompile.bench.results import BenchReport
 from mxcompile.bench.run import finished_cells
 from mxcompile.cli.output import bytes_text, print_table
@@ -18,6 +20,7 @@ COLUMNS = (
     "prefill tok/s",
     "decode tok/s",
     "peak",
+    "device",
     "state",
     "of roofline",
     "outliers",
@@ -43,14 +46,17 @@ def print_bench(report: BenchReport) -> None:
                 f"{s['prefill_tokens_per_s']['median']:.0f}",
                 f"{s['decode_tokens_per_s']['median']:.1f}",
                 bytes_text(s["peak_bytes"]),
+                device_text(s),
                 bytes_text(s["state_bytes"]),
                 share,
                 f"{len(first['outliers'])} rounds, {step['slow_steps']} steps",
             )
         )
-    threads, repeats = report.options["threads"], report.options["repeats"]
+    threads, repeats, passes = (report.options[key] for key in ("threads", "repeats", "passes"))
     if rows:
-        print_table(f"Medians of {repeats} rounds, {threads} threads (± half the range over the median)", COLUMNS, rows)
+        level = min(cell.summary["ttft_s"]["interval"]["level"] for cell in report.cells)
+        title = f"Medians of {repeats} rounds in {passes} passes, {threads} threads (± half the {level:.0%} interval of the median)"
+        print_table(title, COLUMNS, rows)
     for item in report.layer_times:
         total_p, total_d = sum(item.prefill_s.values()) or 1.0, sum(item.decode_s.values()) or 1.0
         print_table(
@@ -67,6 +73,14 @@ def print_bench(report: BenchReport) -> None:
         print(f"machine: copies {copy:.1f} GB/s, fp32 matrix products {products:.0f} GFLOP/s")
     for line in remarks(report):
         print(line)
+
+
+def device_text(summary: dict[str, Any]) -> str:
+    """Largest memory in use on the device, or what the session itself held there."""
+    used, own = summary["device_peak_bytes"], summary["device_own_bytes"]
+    if own is None:
+        return "no device"
+    return bytes_text(own if used is None else used)
 
 
 def remarks(report: BenchReport) -> list[str]:

@@ -46,6 +46,7 @@ def measure(session: Any, task: Task) -> Task:
     prompts = random.integers(0, session.vocab_size, (batch, length)).tolist()
     tokens = random.integers(0, session.vocab_size, (new_tokens, batch))
     memory.reset_peak()
+    device = DeviceMemory(session)
     state = session.new_state(batch)
     steps = []
     start = time.perf_counter()
@@ -61,7 +62,22 @@ def measure(session: Any, task: Task) -> Task:
         "steps_s": steps,
         "peak_bytes": memory.peak_bytes(),
         "state_bytes": int(state.nbytes),
-    }
+    } | device.peaks()
+
+
+class DeviceMemory:
+    """Memory of the device that a session computes on while a cell runs; nothing where that is the CPU."""
+
+    def __init__(self, session: Any) -> None:
+        self._ask = getattr(session, "device_memory", None)
+        if self._ask is not None:
+            self._ask(reset=True)
+
+    def peaks(self) -> Task:
+        """device_peak_bytes: in use on the device, by all processes, at the cell's end, when everything it needs is still allocated (None
+        where the device cannot tell); device_own_bytes: the most that the session itself held. Both None on the CPU."""
+        found = {} if self._ask is None else self._ask()
+        return {"device_peak_bytes": found.get("used"), "device_own_bytes": found.get("own_peak")}
 
 
 def serve(setup: Task, answer: Callable[[Task], None], tasks: Any) -> None:

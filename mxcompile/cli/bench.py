@@ -13,9 +13,13 @@ from mxcompile.cli.options import PATH, Verb, threads_option, verbose_option
 @click.command(cls=Verb)
 @click.argument("engine_dir", type=PATH)
 @click.option(
-    "--prompt-lengths", default="128,1k,8k", show_default=True, metavar="TOKENS,...", help="Lengths such as 128 or 8k."
+    "--prompt-lengths",
+    default="128,1k,8k,64k",
+    show_default=True,
+    metavar="TOKENS,...",
+    help="Lengths such as 128 or 8k.",
 )
-@click.option("--batch-sizes", default="1,4", show_default=True, metavar="ROWS,...", help="Sequences at a time.")
+@click.option("--batch-sizes", default="1,4,16", show_default=True, metavar="ROWS,...", help="Sequences at a time.")
 @click.option(
     "--new-tokens",
     type=click.IntRange(min=1),
@@ -31,6 +35,12 @@ from mxcompile.cli.options import PATH, Verb, threads_option, verbose_option
     show_default=True,
     metavar="N",
     help="Measured rounds of every cell.",
+)
+@click.option(
+    "--passes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Spread the rounds over N passes through all cells, each in new processes.  [default: one round each]",
 )
 @click.option(
     "--warmup", type=click.IntRange(min=0), default=1, show_default=True, metavar="N", help="Rounds before those."
@@ -94,6 +104,7 @@ def command(
     backends: tuple[str, ...],
     against: Path | None,
     limit: float,
+    passes: int | None,
     no_layer_times: bool,
     resume: bool,
     json_file: str | None,
@@ -146,6 +157,7 @@ def command(
         batch_sizes=_numbers(batch_sizes, "--batch-sizes"),
         backends=backends or ("engine",),
         limit_s=limit,
+        passes=passes or 0,
         layer_times=not no_layer_times,
         **(numbers if threads is None else numbers | {"threads": threads}),
     )
@@ -159,6 +171,7 @@ def command(
                 json_file=None if to_stdout else json_file,
                 resume=resume,
                 progress=shown,
+                announce=lambda text: click.echo(text, err=True),
             )
     except KeyboardInterrupt:
         if json_file is not None and not to_stdout:

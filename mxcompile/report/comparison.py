@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mxcompile.bench.agreement import SAME, chance_of_change, change
 from mxcompile.bench.needle import NeedleReport
 from mxcompile.bench.needle import verdict as needle_verdict
 from mxcompile.bench.results import BenchReport, Cell
@@ -22,7 +23,6 @@ SCHEMA = "mxcompile.report"
 SCHEMA_VERSION = 1
 RIVALS = ("pytorch", "transformers")
 BUSY = 0.25  # load average per CPU from which times are called uncertain
-SAME = "same within the spread"
 
 
 def compare(
@@ -87,12 +87,19 @@ def _row(name: str, bench: BenchReport, cell: Cell, price: float | None) -> dict
         "itl_s": s["itl_s"]["median"],
         "itl_low_s": s["itl_s"]["low"],
         "itl_high_s": s["itl_s"]["high"],
+        "ttft_interval_low_s": s["ttft_s"]["interval"]["low"],
+        "ttft_interval_high_s": s["ttft_s"]["interval"]["high"],
+        "itl_interval_low_s": s["itl_s"]["interval"]["low"],
+        "itl_interval_high_s": s["itl_s"]["interval"]["high"],
+        "interval_level": s["ttft_s"]["interval"]["level"],
         "itl_p90_s": s["itl_s"]["p90"],
         "itl_p99_s": s["itl_s"]["p99"],
         "prefill_tokens_per_s": prefill,
         "decode_tokens_per_s": decode,
         "peak_bytes": s["peak_bytes"],
         "loaded_bytes": loaded,
+        "device_peak_bytes": s["device_peak_bytes"],
+        "device_own_bytes": s["device_own_bytes"],
         "state_bytes": s["state_bytes"],
         "outlier_rounds": len(s["ttft_s"]["outliers"]),
         "slow_steps": s["itl_s"]["slow_steps"],
@@ -178,8 +185,17 @@ def _machine(name: str, bench: BenchReport) -> dict[str, Any]:
     }
 
 
+AGREEING: dict[str, tuple[str, tuple[str, str]]] = {
+    "ttft_s": ("ttft_s", ("slower", "faster")),
+    "itl_s": ("itl_s", ("slower", "faster")),
+    "itl_p99_s": ("itl_p99_s", ("slower", "faster")),
+    "peak_bytes": ("peak", ("larger", "smaller")),
+}
+"""Numbers that two runs are compared by -> where a cell's summary has them, and what a larger and a smaller one is called."""
+
+
 def _against_baseline(baseline: tuple[str, BenchReport], benches: Sequence[tuple[str, BenchReport]]) -> dict[str, Any]:
-    """New over old times; a change counts only where the two ranges do not touch."""
+    """New over old; a number changed where the intervals of the two medians do not touch (see `bench.agreement`)."""
     name, old = baseline
     rows, missing = [], 0
     for bench_name, bench in benches:
@@ -194,18 +210,26 @@ def _against_baseline(baseline: tuple[str, BenchReport], benches: Sequence[tuple
                 "prompt_length": cell.prompt_length,
                 "batch_size": cell.batch_size,
             }
-            for key in ("ttft_s", "itl_s"):
-                new_s, old_s = cell.summary[key], before.summary[key]
-                row[key] = new_s["median"]
-                row[f"old_{key}"] = old_s["median"]
+            for key, (place, words) in AGREEING.items():
+                new_s, old_s = cell.summary[place], before.summary[place]
+                row[key], row[f"old_{key}"] = new_s["median"], old_s["median"]
                 row[f"{key}_ratio"] = new_s["median"] / old_s["median"]
-                apart = new_s["low"] > old_s["high"] or new_s["high"] < old_s["low"]
-                row[f"{key}_change"] = ("slower" if row[f"{key}_ratio"] > 1 else "faster") if apart else SAME
-            row["peak_ratio"] = cell.summary["peak_bytes"] / before.summary["peak_bytes"]
+                row[f"{key}_change"] = change(new_s["interval"], old_s["interval"], words)
+            row["chance"] = chance_of_change(cell.summary["ttft_s"]["interval"], before.summary["ttft_s"]["interval"])
             rows.append(row)
     machines = {(b.environment.get("cpu"), b.environment.get("threads")) for _, b in benches}
     same = machines == {(old.environment.get("cpu"), old.environment.get("threads"))}
-    return {"name": name, "created": old.created, "same_machine": same, "without_counterpart": missing, "rows": rows}
+    changes = [row[f"{key}_change"] for row in rows for key in AGREEING]
+    return {
+        "name": name,
+        "created": old.created,
+        "same_machine": same,
+        "without_counterpart": missing,
+        "numbers": len(changes),
+        "changed": len(changes) - changes.count(SAME),
+        "changed_by_chance": sum(row["chance"] for row in rows) * len(AGREEING),
+        "rows": rows,
+    }
 
 
 def _notes(bench: BenchReport) -> list[str]:
@@ -325,10 +349,14 @@ def _about(ratio: float) -> str:
 
 
 def _baseline_sentence(baseline: dict[str, Any]) -> str:
-    changes = [row[f"{key}_change"] for row in baseline["rows"] for key in ("ttft_s", "itl_s")]
-    slower, faster = changes.count("slower"), changes.count("faster")
+    changes = [row[f"{key}_change"] for row in baseline["rows"] for key in AGREEING]
     where = "" if baseline["same_machine"] else " (of another machine or number of threads, so times do not compare)"
-    return f"Against {baseline['name']}{where}: {slower} of {len(changes)} times are slower, {faster} faster, the rest {SAME}."
+    parts = [f"{changes.count(word)} {word}" for word in dict.fromkeys(changes) if word != SAME]
+    found = f"{', '.join(parts)}, {'the rest' if changes.count(SAME) else 'none'} {SAME}" if parts else f"all {SAME}"
+    chance = (
+        f"of two runs of the same thing, about {baseline['changed_by_chance']:.1f} would be called changed by chance"
+    )
+    return f"Against {baseline['name']}{where}, of {len(changes)} numbers: {found} ({chance})."
 
 
 def short_name(path: str | os.PathLike[str], taken: set[str]) -> str:

@@ -116,6 +116,8 @@ _AGAINST: Sequence[Column] = (
 )
 _MEMORY: Sequence[Column] = (
     ("Peak of the process", "peak_bytes", bytes_text),
+    ("Peak of the device, all processes", "device_peak_bytes", bytes_text),
+    ("Peak of the session on the device", "device_own_bytes", bytes_text),
     ("After loading", "loaded_bytes", bytes_text),
     ("States and cache", "state_bytes", bytes_text),
     ("of that needed, by plan", "predicted_state_bytes", bytes_text),
@@ -149,6 +151,8 @@ def _memory(values: Values) -> str:
         "<p>The peak is the largest resident size while a cell ran, mapped weights and what allocators keep included. "
         "Buffers are allocated ahead, so they are larger than what the plan needs.</p>"
     )
+    if all(row["device_own_bytes"] is None for row in values["rows"]):
+        text += "<p>Everything was computed on the CPU; there is no device whose memory could be measured.</p>"
     return _table(values, "Memory", text, _MEMORY)
 
 
@@ -209,14 +213,26 @@ def _baseline(values: Values) -> str:
         ("now ", "itl_s", _ms),
         ("ratio ", "itl_s_ratio", number),
         ("change ", "itl_s_change", escape),
-        ("Peak memory, ratio", "peak_ratio", number),
+        ("p99, ratio", "itl_p99_s_ratio", number),
+        ("change  ", "itl_p99_s_change", escape),
+        ("Peak memory, ratio", "peak_bytes_ratio", number),
+        ("change   ", "peak_bytes_change", escape),
     )
     lines = []
     for index, row in enumerate(found["rows"]):
         cells = "".join(_cell(name, f"baseline.rows.{index}.{key}", row[key], show) for name, key, show in columns)
         head = f'<th scope="row">{row["prompt_length"]} × {row["batch_size"]}, {escape(row["contestant"])}</th>'
         lines.append(f"<tr>{head}{cells}</tr>")
-    text = f"<p>Against {escape(found['name'])} of {escape(found['created'])}. A change counts where the ranges do not touch.</p>"
+    text = (
+        f"<p>Against {escape(found['name'])} of {escape(found['created'])}. A number changed where the intervals of the two medians do "
+        "not touch: "
+        + _value("baseline.changed", found["changed"], str(found["changed"]))
+        + " of "
+        + _value("baseline.numbers", found["numbers"], str(found["numbers"]))
+        + ". Of two runs of the same thing, about "
+        + _value("baseline.changed_by_chance", found["changed_by_chance"], f"{found['changed_by_chance']:.1f}")
+        + " would be called changed by chance.</p>"
+    )
     return _section("Against the baseline", text + _scroll(_header("Prompt × batch", *(c[0] for c in columns)), lines))
 
 

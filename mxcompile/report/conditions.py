@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from mxcompile.bench.agreement import SAME
 from mxcompile.errors import MxcompileError
 
 Values = dict[str, Any]
@@ -27,6 +28,15 @@ def _engine_rows(key: str, factor: float = 1.0) -> Callable[[Values], list[float
 def _slowdown(values: Values) -> list[float]:
     rows = (values["baseline"] or {}).get("rows", ())
     return [row[f"{key}_ratio"] for row in rows if row["contestant"] == "engine" for key in ("ttft_s", "itl_s")]
+
+
+def _changed(values: Values) -> list[float]:
+    """How many of the engine's numbers changed against --baseline."""
+    baseline = values["baseline"]
+    if baseline is None or not baseline["rows"]:
+        return []
+    rows = [row for row in baseline["rows"] if row["contestant"] == "engine"]
+    return [float(sum(row[key] != SAME for row in rows for key in row if key.endswith("_change")))]
 
 
 def _logit_difference(values: Values) -> list[float]:
@@ -51,6 +61,8 @@ METRICS: dict[str, Callable[[Values], list[float]]] = {
     "input_cost": _engine_rows("input_cost_per_million"),
     "output_cost": _engine_rows("output_cost_per_million"),
     "slowdown": _slowdown,
+    "changed": _changed,
+    "device_peak_gib": _engine_rows("device_peak_bytes", 2**-30),
     "logit_difference": _logit_difference,
 }
 """Name -> all values of engines in a comparison. Speedups are against PyTorch, slowdown is new over old against --baseline."""

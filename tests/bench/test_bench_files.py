@@ -27,9 +27,9 @@ def empty_report() -> BenchReport:
         ('{"schema": "mxcompile.validation"}', "not a benchmark"),
         (
             '{"schema": "mxcompile.bench", "schema_version": 99}',
-            "schema version 99, this mxcompile reads 1; measure again",
+            "schema version 99, this mxcompile reads 2; measure again",
         ),
-        ('{"schema": "mxcompile.bench", "schema_version": 1}', "damaged"),
+        ('{"schema": "mxcompile.bench", "schema_version": 2}', "damaged"),
     ],
 )
 def test_other_files_are_refused_by_name(tmp_path, content, message):

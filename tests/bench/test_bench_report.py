@@ -13,15 +13,17 @@ import pytest
 
 from engines.directory import read_config
 from mxcompile.backends.pytorch import PyTorchSession
+from mxcompile.bench.agreement import SAME
 from mxcompile.bench.results import BenchReport, Cell, Contestant, LayerTimes, NotRun, write_json
 from mxcompile.bench.run import describe_engine
 from mxcompile.bench.statistics import summary
 from mxcompile.checkpoints import create_checkpoint
 from mxcompile.comparing import report, write
 from mxcompile.errors import MxcompileError
-from mxcompile.report.comparison import SAME, compare
+from mxcompile.report.comparison import compare
 from mxcompile.report.comparison_page import page
 from mxcompile.report.comparison_text import to_csv, to_markdown
+from mxcompile.report.conditions import parse, violations
 from mxcompile.validation import ValidationOptions, validate
 
 
@@ -60,7 +62,14 @@ def made_bench(engine, factor=1.0) -> BenchReport:
     return BenchReport(
         created="2026-01-01T00:00:00+00:00",
         updated="2026-01-01T00:10:00+00:00",
-        options={"backends": ["engine", "pytorch"], "repeats": 3, "warmup": 1, "new_tokens": 4, "threads": 2},
+        options={
+            "backends": ["engine", "pytorch"],
+            "repeats": 3,
+            "warmup": 1,
+            "passes": 3,
+            "new_tokens": 4,
+            "threads": 2,
+        },
         engine=describe_engine(engine, config),
         checkpoint={"path": config.checkpoint.path, "fingerprint": config.checkpoint.fingerprint},
         environment=environment,
@@ -161,6 +170,16 @@ def test_the_baseline_counts_what_is_beyond_the_spread(values, engine):
     bench = made_bench(engine)
     again = compare(benches=[("a", bench)], baseline=("b", copy.deepcopy(bench)))
     assert {row["itl_s_change"] for row in again["baseline"]["rows"]} == {SAME}
+    assert again["baseline"]["changed"] == 0
+    found = values["baseline"]
+    # Each of the engine's four cells is faster in three numbers; its memory and PyTorch are the same.
+    assert (found["numbers"], found["changed"]) == (32, 12)
+    assert found["changed_by_chance"] == pytest.approx(32 * 2 / 20)  # three rounds against three
+    sentence = next(text for text in values["verdict"]["sentences"] if text.startswith("Against old"))
+    assert "of 32 numbers: 12 faster, the rest same within the spread" in sentence
+    assert violations(parse(["changed>12"]), values) == []
+    assert violations(parse(["changed>11"]), values) == ["changed>11: the worst value is 12"]
+    assert violations(parse(["changed>0"]), again) == []
 
 
 def test_csv_and_markdown(values):
@@ -223,7 +242,7 @@ def test_files_that_do_not_belong_together_are_refused(engine, checkpoint, files
         report([engine], bench=[tmp_path / "moved.json"])
     moved["schema_version"] = 7
     (tmp_path / "moved.json").write_text(json.dumps(moved))
-    with pytest.raises(MxcompileError, match="schema version 7, this mxcompile reads 1"):
+    with pytest.raises(MxcompileError, match="schema version 7, this mxcompile reads 2"):
         report(bench=[tmp_path / "moved.json"])
     with pytest.raises(MxcompileError, match="not a benchmark"):
         report(bench=[files / "validation.json"])

@@ -6,11 +6,13 @@ import json
 
 import pytest
 
+from mxcompile.bench import rates
 from mxcompile.bench import run as bench_run
 from mxcompile.bench.contestants import ContestantError, ContestantProcess, ContestantTimeout
 from mxcompile.bench.options import BenchOptions
 from mxcompile.bench.results import BenchReport, read_json
 from mxcompile.bench.run import bench
+from mxcompile.bench.statistics import spread
 from mxcompile.checkpoints import create_checkpoint
 from mxcompile.errors import MxcompileError
 
@@ -22,6 +24,7 @@ OPTIONS = {
     "warmup": 0,
     "threads": 2,
     "layer_times": False,
+    "passes": 1,
 }
 
 
@@ -79,7 +82,7 @@ def test_times_by_kind_of_layer(measured):
 
 def test_an_interrupted_run_goes_on_where_it_stopped(engine, tmp_path, monkeypatch):
     file = tmp_path / "b.json"
-    options = BenchOptions(**OPTIONS)
+    options = BenchOptions(**OPTIONS | {"passes": 2})
     sample = bench_run._Runner._sample
 
     def interrupted(self, name, length, batch, number):
@@ -98,13 +101,58 @@ def test_an_interrupted_run_goes_on_where_it_stopped(engine, tmp_path, monkeypat
     with pytest.raises(MxcompileError, match="unfinished run of 1 cells; go on with --resume"):
         bench(engine, options, json_file=file)
     with pytest.raises(MxcompileError, match="its new tokens were 3, not 4"):
-        bench(engine, BenchOptions(**OPTIONS | {"new_tokens": 4}), json_file=file, resume=True)
+        bench(engine, BenchOptions(**OPTIONS | {"new_tokens": 4, "passes": 2}), json_file=file, resume=True)
     done = bench(engine, options, json_file=file, resume=True)
     assert done.finished
     assert done.cells[0] == read_json(file).cells[0]
-    assert done.cells[0].repeats == stopped.cells[0].repeats
+    assert done.cells[0].repeats[:1] == stopped.cells[0].repeats
+    assert all([item["pass"] for item in cell.repeats] == [0, 1] for cell in done.cells)
     assert len(done.cells) == 4
     assert [c.name for c in done.contestants] == ["engine"]
+
+
+def test_rounds_are_spread_over_passes_in_new_processes(engine, monkeypatch):
+    started, start = [], ContestantProcess.start
+
+    def counted(self, *arguments):
+        started.append(self.setup["backend"])
+        return start(self, *arguments)
+
+    monkeypatch.setattr(ContestantProcess, "start", counted)
+    said = []
+    options = BenchOptions(**OPTIONS | {"repeats": 3, "passes": 2, "prompt_lengths": (8, 300), "batch_sizes": (1,)})
+    report = bench(engine, options, announce=said.append)
+    assert started.count("engine") == 2
+    (cell,) = report.cells
+    assert [item["pass"] for item in cell.repeats] == [0, 0, 1]
+    first, second = (spread([item["ttft_s"] for item in cell.repeats if item["pass"] == n])["median"] for n in (0, 1))
+    assert cell.summary["ttft_s"]["interval"] == {
+        "low": min(first, second), "high": max(first, second), "level": 0.5, "rank": 1, "passes": 2,
+    }  # fmt: skip
+    assert len(said) == 1
+    assert said[0].startswith("1 cells to measure (1 sizes cannot run), passes: 2: about ")
+    assert cell.summary["device_peak_bytes"] is None  # a CPU is no device
+    assert [item.reason for item in report.not_run] == ["300 and 3 new tokens exceed its max_seq_len 200"]
+
+
+def test_a_cell_that_the_machine_cannot_finish_in_time_is_not_begun(engine, monkeypatch):
+    monkeypatch.setattr(rates, "bound", lambda *a: {"prefill_s": 100.0, "decode_s": 1.0})
+    report = bench(engine, BenchOptions(**OPTIONS | {"limit_s": 60.0, "batch_sizes": (1,), "prompt_lengths": (8,)}))
+    assert not report.cells
+    assert "takes at least 2 min at this machine's rates, more than 60 s" in report.reason("engine", 8, 1)
+
+
+def test_defaults_and_bad_options():
+    options = BenchOptions()
+    assert (options.prompt_lengths, options.batch_sizes, options.new_tokens) == (
+        (128, 1024, 8192, 65536),
+        (1, 4, 16),
+        64,
+    )
+    assert options.passes == options.repeats
+    assert [BenchOptions(repeats=7, passes=3).rounds(n) for n in range(3)] == [3, 2, 2]
+    with pytest.raises(MxcompileError, match="2 rounds cannot be spread over 3 passes"):
+        BenchOptions(repeats=2, passes=3)
 
 
 def test_an_execution_error_is_retried_once_and_reported(engine, monkeypatch):
