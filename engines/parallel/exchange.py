@@ -26,6 +26,9 @@ class Exchanger(Protocol):
     def of(self, group: Sequence[int]) -> Exchanger:
         """The same among the ranks of `group` only, to which this rank belongs; all of them make the call. Empty: all ranks."""
 
+    def close(self) -> None:
+        """Leave in good order; all ranks do."""
+
 
 class MpiExchanger:
     """All processes that the MPI launcher started. Importing mpi4py here initialises MPI."""
@@ -42,8 +45,8 @@ class MpiExchanger:
                 exit_code=ENVIRONMENT,
             ) from error
         self._comm: Any = MPI.COMM_WORLD
-        self._groups: dict[tuple[int, ...], MpiExchanger] = {}
         self._in_place: Any = MPI.IN_PLACE
+        self._groups: dict[tuple[int, ...], MpiExchanger] = {}
         self.rank: int = self._comm.Get_rank()
         self.ranks: int = self._comm.Get_size()
 
@@ -65,3 +68,15 @@ class MpiExchanger:
 
     def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
         self._comm.Allgather(array, out)
+
+    def close(self) -> None:
+        """Leave in good order; all ranks do."""
+        from mpi4py import MPI
+
+        MPI.Finalize()
+
+    def share(self, content: bytes) -> bytes:
+        """Rank 0's bytes, on every rank; all give as many."""
+        shared = np.frombuffer(content, np.uint8).copy()
+        self._comm.Bcast(shared, 0)
+        return shared.tobytes()

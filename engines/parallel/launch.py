@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 
 from engines.errors import ENVIRONMENT, USAGE, EngineError
+from engines.parallel.join import Launch
 from engines.parallel.message import Message, decode, encode
-from engines.parallel.worker import SOCKET, TICKS, log_name
+from engines.parallel.worker import OPTIONS, SOCKET, TICKS, log_name
 
 POLL_S = 0.2
 GRACE_S = 2.0  # for the other ranks' answers once one has failed, and for an orderly end
@@ -46,22 +47,27 @@ class RankProcesses:
         start_limit: float,
         stall_limit: float,
         launcher: Sequence[str] | None = None,
+        joined: Launch | None = None,
     ) -> None:
-        self.ranks, self._stall_limit = ranks, stall_limit
+        """`joined`: the other ranks have been started already, and connect by themselves."""
+        self.ranks, self._stall_limit, self._joined = ranks, stall_limit, joined
         self._failure: EngineError | None = None
         self._forgotten: list[int] = []
         self._pids: dict[int, int] = {}
         self._connections: dict[int, Connection] = {}
         self._lifelines: list[Connection] = []
         self._process: subprocess.Popen[bytes] | None = None
-        self._folder = Path(tempfile.mkdtemp(prefix="mxcompile-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="mxcompile-")) if joined is None else joined.make_folder()
+        options = options | {"joined": None if joined is None else joined.exchange}
         try:
+            (self._folder / OPTIONS).write_text(json.dumps(options))
             (self._folder / TICKS).write_bytes(bytes(8 * ranks))
             with (self._folder / TICKS).open("r+b") as file:
                 self._ticks = np.frombuffer(mmap.mmap(file.fileno(), 0), np.int64)
             listener = Listener(str(self._folder / SOCKET), backlog=2 * ranks)
             try:
-                self._start(options, threads, launcher or find_launcher())
+                command = [] if joined is not None else [*(launcher or find_launcher()), "-n", str(ranks)]
+                self._start(options, threads, command)
                 self._accept(listener, start_limit)
             finally:
                 with contextlib.suppress(FileNotFoundError):  # a failed start has removed the folder already
@@ -118,7 +124,7 @@ class RankProcesses:
                 process.wait(GRACE_S)
         for line in [*self._connections.values(), *self._lifelines]:
             line.close()
-        if process.poll() is None:
+        if process.poll() is None or (self._joined is not None and not orderly):
             for pid in self._pids.values():  # a rank that is stopped or hangs does not see its lifeline close
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
@@ -135,16 +141,16 @@ class RankProcesses:
         with (self._folder / "launcher.log").open("wb") as log:
             try:
                 self._process = subprocess.Popen(
-                    [*launcher, "-n", str(self.ranks), *arguments],
+                    [*launcher, *arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    env=os.environ | _environment(threads),
+                    env=(_outside() if self._joined is None else dict(os.environ)) | _environment(threads),
                 )
             except OSError as error:
                 raise EngineError(
-                    f"{launcher[0]}: cannot be started ({error.strerror})", exit_code=ENVIRONMENT
+                    f"{[*launcher, sys.executable][0]}: cannot be started ({error.strerror})", exit_code=ENVIRONMENT
                 ) from error
 
     def _accept(self, listener: Listener, limit: float) -> None:
@@ -214,11 +220,12 @@ class RankProcesses:
 
     def _fail(self, rank: int | None, what: str = "ended unexpectedly", *, exit_code: int = ENVIRONMENT) -> None:
         """End all ranks and raise EngineError with the last words of the one at fault."""
-        if self._process is not None and what == "ended unexpectedly":
+        if self._process is not None and self._joined is None and what == "ended unexpectedly":
             with contextlib.suppress(subprocess.TimeoutExpired):  # the launcher tells how it ended
                 self._process.wait(GRACE_S)
         who = "the ranks" if rank is None else f"rank {rank}"
         words = self._last_words(rank)
+        words = "" if what in words else words
         self._failure = EngineError(f"{who} {what}{words}", exit_code=exit_code)
         self.close(orderly=False)
         raise self._failure
@@ -274,6 +281,11 @@ def find_launcher() -> list[str]:
         "running an engine of several ranks needs MPI; install it with: pip install 'mxcompile[mpi]'",
         exit_code=ENVIRONMENT,
     )
+
+
+def _outside() -> dict[str, str]:
+    """The environment without what would make a launcher believe that it runs inside another one."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_COMM_", "PMIX_", "PMI_"))}
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -15,7 +15,9 @@ from engines.config import EngineConfig
 from engines.directory import read_config, verify_files
 from engines.errors import EngineError
 from engines.interface import Positions, RowSnapshot, State, StepResult
+from engines.parallel import worker
 from engines.parallel.heads import head_range, join
+from engines.parallel.join import launched
 from engines.parallel.launch import RankProcesses
 
 START_LIMIT_S = 120.0  # until every rank has connected
@@ -42,13 +44,21 @@ def load(
         stall_limit: seconds without progress in a call until the ranks count as hanging.
         launcher: command that starts `-n RANKS PROGRAM`; default: mpirun.
 
-    Raises EngineError: not an engine, damaged, or MPI is missing (exit code 3).
+    In a process that `mpirun` or `torchrun` has started with others (`engines.parallel.join`), rank 0 gets a session of all of
+    them; on other ranks this does not return: they compute until the session ends, and end with it.
+
+    Raises EngineError: not an engine, damaged, another number of ranks was started, or MPI is missing (exit code 3).
     """
     folder = Path(path).resolve()
     config = read_config(folder)
     ranks = config.mapping.ranks
     if [files.rank for files in config.ranks] != list(range(ranks)):
         raise EngineError(f"{folder}: does not have the files of all {ranks} ranks; rebuild the engine")
+    joined = launched() if launcher is None else None
+    if joined is not None:
+        joined.check(ranks)
+        if joined.rank > 0:
+            worker.join(joined, folder, start_limit)
     verify_files(folder, config, whole=verify == "full")
     each = max(1, (threads or len(os.sched_getaffinity(0))) // ranks)
     options = {
@@ -59,7 +69,13 @@ def load(
         "checkpoint": None if checkpoint is None else str(Path(checkpoint).resolve()),
     }
     processes = RankProcesses(
-        ranks, options, threads=each, start_limit=start_limit, stall_limit=stall_limit, launcher=launcher
+        ranks,
+        options,
+        threads=each,
+        start_limit=start_limit,
+        stall_limit=stall_limit,
+        launcher=launcher,
+        joined=joined,
     )
     return ParallelSession(config, processes)
 

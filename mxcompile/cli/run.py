@@ -61,8 +61,13 @@ def command(
     ids = None if tokens is None else _token_ids(tokens)
     text = _read(prompt_file) if prompt_file is not None else prompt
 
+    from engines.directory import read_config
+    from engines.parallel.join import launched
     from mxcompile.loading import load
 
+    started = launched()
+    if started is not None:  # an engine of one rank would otherwise answer once per process
+        started.check(read_config(engine_dir).mapping.ranks)
     engine = load(engine_dir, threads=threads, checkpoint=checkpoint)
     if talk:
         from mxcompile.cli.chat_loop import talk_in_turns
