@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -293,6 +295,12 @@ def test_health_and_metrics(server):
     assert "mxcompile_time_to_first_token_seconds_bucket" in read("/metrics")
     with pytest.raises(urllib.error.HTTPError):
         read("/docs")
+    documented = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    for line in read("/metrics").splitlines():
+        if line.startswith("mxcompile_"):
+            name = line.removeprefix("mxcompile_").split("{")[0]
+            name = re.sub("_(bucket|sum|count)$", "", name)
+            assert f"`{name}" in documented
 
 
 def test_a_full_queue_and_a_stop_with_running_streams(start_server):
