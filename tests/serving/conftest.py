@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
-from served import ROOT, Served, launch
-
-
-def triton_venv() -> Path:
-    """Where the server is expected: what MXCOMPILE_TRITON_VENV names, else .venv-triton, which `make setup` makes."""
-    return Path(os.environ.get("MXCOMPILE_TRITON_VENV") or ROOT / ".venv-triton")
+from served import Served, launch, triton_venv
 
 
 @pytest.fixture(scope="session")

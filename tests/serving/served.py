@@ -116,6 +116,11 @@ def launch(engine: Path, log: Path, venv: Path, *options: object) -> Served:
     return server
 
 
+def triton_venv() -> Path:
+    """Where the server is expected: what MXCOMPILE_TRITON_VENV names, else .venv-triton, which `make setup` makes."""
+    return Path(os.environ.get("MXCOMPILE_TRITON_VENV") or ROOT / ".venv-triton")
+
+
 def listed(value: int | list[int]) -> list[int]:
     """Triton's JSON writes a list of one entry as the entry."""
     return value if isinstance(value, list) else [value]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import subprocess
 import sys
 import threading
@@ -14,11 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from served import Served, free_ports, listed
-
-from mxcompile.serving.triton.repository import write_repository
-from mxcompile.serving.triton.server import TritonServer
-from mxcompile.serving.worker import Settings
+from served import listed
 
 CLIENT = Path(__file__).with_name("grpc_client.py")
 WORDS = "the lightning layers remember what softmax would have to look up again and again".split()
@@ -193,37 +188,6 @@ def test_clients_that_leave_free_their_slots(server, installation, loaded):
             agrees(found, alone(loaded, body))
 
 
-def test_soak(server, loaded):
-    """Some seconds of everything at once: right tokens for those who stay, and nothing left at the end."""
-    bodies = requests(24, seed=9)
-    expected = [alone(loaded, body) for body in bodies]
-    end = time.monotonic() + 8
-    served = []
-
-    def client(seed):
-        source = random.Random(seed)
-        while time.monotonic() < end:
-            index = source.randrange(len(bodies))
-            match source.randrange(6):
-                case 0:  # leaves
-                    connection, response = server.open("generate_stream", bodies[index] | {"stream": True})
-                    response.read(source.randrange(1, 60))
-                    connection.close()
-                case 1:  # asks for too much
-                    assert server.post("generate", {"input_ids": [1] * 400})[0] == 400
-                case 2:  # talks nonsense
-                    assert server.post("generate", b'{"input_ids": ')[0] >= 400
-                case _:
-                    agrees(server.generate(bodies[index], stream=bool(source.randrange(2))), expected[index])
-                    served.append(index)
-
-    with ThreadPoolExecutor(12) as pool:
-        for done in [pool.submit(client, seed) for seed in range(12)]:
-            done.result()
-    assert len(served) > 12
-    server.wait_idle()
-
-
 def test_a_killed_engine_is_reported_and_started_again(server, loaded):
     errors = []
 
@@ -296,35 +260,3 @@ def test_a_killed_parent_leaves_no_process(start_server, which):
     server.expected = server.process.returncode
     if which == "tritonserver":
         assert "error: Triton ended by itself" in server.log.read_text()
-
-
-def test_a_killed_rank_is_reported_and_started_again(installation, checkpoint, loaded, tmp_path):
-    """An engine of two ranks: as the engine process itself, from the client's side."""
-    if shutil.which("mpirun", path=str(Path(sys.executable).parent)) is None:
-        pytest.skip("mpirun is not installed here")
-    from mxcompile.building import build
-
-    build(checkpoint, tmp_path / "engine", max_batch_size=4, max_seq_len=320, prefill_chunk=32, threads=2, tp_size=2)
-    write_repository(tmp_path / "engine", tmp_path / "repo", settings=Settings("", threads=2), link=True)
-    http, grpc, metrics = free_ports(3)
-    ports = {"http_port": http, "grpc_port": grpc, "metrics_port": metrics}
-    with (tmp_path / "log").open("w") as log, TritonServer(installation, tmp_path / "repo", log=log, **ports) as triton:
-        triton.wait_ready(120)
-        server = Served(None, None, 0, http, grpc, metrics)
-        bodies = requests(6, seed=3)
-        with ThreadPoolExecutor(6) as pool:
-            for body, found in zip(bodies, pool.map(lambda b: server.generate(b, stream=True), bodies), strict=True):
-                agrees(found, alone(loaded, body))
-        connection, response = server.open(
-            "generate_stream", {"input_ids": [5], "max_tokens": 310, "end_id": -1, "stream": True}
-        )
-        response.readline()
-        family = psutil.Process(triton.pid).children(recursive=True)
-        workers = [process for process in family if "engines.parallel.worker" in process.cmdline()]
-        ranks = [process for process in workers if process.name().startswith("python")]  # not their launcher
-        assert len(ranks) == 2
-        ranks[1].kill()
-        lines = [line for line in response.read().decode().splitlines() if line.startswith("data:")]
-        connection.close()
-        assert json.loads(lines[-1][5:])["error"].startswith("unavailable: ")
-        back_again(server, loaded)
