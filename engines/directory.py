@@ -151,6 +151,16 @@ class EngineFiles:
             while block := original.read(1 << 20):
                 file.write(block)
 
+    def keep(self, name: str, source: Path, record: FileRecord) -> None:
+        """A file of another engine as it is: the same file where the disk allows it, else a copy."""
+        path = self._place(name)
+        try:
+            os.link(source, path)
+        except OSError:
+            self.add(name, source)
+            record = self.records[name]
+        self.records[name] = record
+
     def register(self, name: str) -> Path:
         """Path for a file that another tool writes; it is digested at commit."""
         path = self._place(name)

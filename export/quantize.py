@@ -86,19 +86,22 @@ class QuantizeExperts(ir.passes.InPlacePass):
         source = value.const_value
         if not isinstance(source, ExpertTensor):
             raise ExportError(f"{node.name}: {value.name} is not bound to a checkpoint's experts")
-        quantized = _Quantized(source, self.error)
-        dims = source.shape.numpy()
         value.type = ir.TensorType(ir.DataType.UINT8)
-        value.const_value = ir.LazyTensor(
-            quantized.weights, dtype=ir.DataType.UINT8, shape=source.shape, name=value.name, cache=False
-        )
-        shape = ir.Shape(dims[:2])
-        scale = ir.Value(name=f"{value.name}.scale", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
-        scale.const_value = ir.LazyTensor(
-            quantized.scales, dtype=ir.DataType.FLOAT, shape=shape, name=scale.name, cache=False
-        )
+        value.const_value, scales = quantized(source, self.error)
+        scale = ir.Value(name=scales.name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(scales.shape.numpy()))
+        scale.const_value = scales
         graph.register_initializer(scale)
         return value, scale
+
+
+def quantized(source: ExpertTensor, error: QuantizationError) -> tuple[ir.LazyTensor, ir.LazyTensor]:
+    """The weights, uint8 [experts, rows, columns], and their scales, fp32 [experts, rows]; both made when somebody asks."""
+    made, rows = _Quantized(source, error), ir.Shape(source.shape.numpy()[:2])
+    weights = ir.LazyTensor(
+        made.weights, dtype=ir.DataType.UINT8, shape=ir.Shape(source.shape.numpy()), name=source.name, cache=False
+    )
+    scales = ir.LazyTensor(made.scales, dtype=ir.DataType.FLOAT, shape=rows, name=f"{source.name}.scale", cache=False)
+    return weights, scales
 
 
 class _Quantized:

@@ -153,11 +153,12 @@ def build(
             check_limits(config, max_batch_size, max_seq_len, prefill_chunk)
             plan = _sharding_plan(config, tp_size, moe_tp_size, moe_ep_size, cp_size)
             several = len(plan.mapping.ranks) > 1
+            chunk = _shared_chunk(prefill_chunk, max_seq_len, cp_size)
             fingerprint = opened.fingerprint()
         with clock.stage("trace"), _torch_threads(threads):
             model = graph(config, dtype) if several else bound_graph(config, dtype, opened)
 
-        from engines.onnxruntime.build import DEFAULT_PREFILL_CHUNK, BuildRequest
+        from engines.onnxruntime.build import BuildRequest
         from engines.onnxruntime.build import build as build_engine
         from export.contract import hidden_tap, router_tap
 
@@ -165,8 +166,7 @@ def build(
             model=config.to_dict(),
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
-            # Every rank then computes as many tokens at a time as one rank alone would.
-            prefill_chunk=_shared_chunk(prefill_chunk or DEFAULT_PREFILL_CHUNK * cp_size, max_seq_len, cp_size),
+            prefill_chunk=chunk,
             dtype=dtype,
             checkpoint=CheckpointReference(str(opened.folder), fingerprint),
             taps=[tap(layer) for layer in range(config.num_layers) for tap in (hidden_tap, router_tap)],
@@ -196,7 +196,7 @@ def build(
 
         def verified(folder: Path) -> None:
             with clock.stage("verify"):
-                _verify(folder, threads)
+                run_once(folder, threads)
 
         engine = writer.commit(engine, check=verified)
     return BuildSummary(
@@ -214,7 +214,7 @@ def build(
     )
 
 
-def _verify(engine_dir: Path, threads: int | None) -> None:
+def run_once(engine_dir: Path, threads: int | None) -> None:
     """Open the finished engine as a user would and run it."""
     import numpy as np
 
@@ -256,8 +256,14 @@ def quantize(model: ir.Model) -> QuantizationError:
     return experts.error
 
 
-def _shared_chunk(chunk: int, max_seq_len: int, cp_size: int) -> int:
-    """The prefill chunk; MxcompileError when it has fewer tokens than there are ranks to share them."""
+def _shared_chunk(prefill_chunk: int | None, max_seq_len: int, cp_size: int) -> int:
+    """The prefill chunk: unless said, every rank computes as many tokens at a time as one rank alone would.
+
+    Raises MxcompileError when it has fewer tokens than there are ranks to share them.
+    """
+    from engines.onnxruntime.build import DEFAULT_PREFILL_CHUNK
+
+    chunk = prefill_chunk or DEFAULT_PREFILL_CHUNK * cp_size
     most = min(chunk, max_seq_len)
     if cp_size > most:
         raise MxcompileError(

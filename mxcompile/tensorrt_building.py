@@ -20,6 +20,7 @@ from mxcompile.building import BuildSummary, StageByName, check_limits, engine_s
 from mxcompile.errors import EnvironmentProblem, MxcompileError
 from mxcompile.exporting import graph, open_checkpoint, peak_memory
 from mxcompile.progress import Progress, SilentProgress, StageClock
+from mxcompile.refitting import BUILD_KEY
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from export.weights import Source
     from model_defs.checkpoint.reader import Checkpoint
     from model_defs.config import ModelConfig
-
-_BUILD_KEY = "build_key"
 
 
 def build_tensorrt(
@@ -96,7 +95,7 @@ def build_tensorrt(
             _ensure_plugins(wanted, clock)
             with clock.stage("trace"):
                 model = graph(config, dtype)
-            request = dataclasses.replace(request, options={_BUILD_KEY: key, "layers": layers, "target": target})
+            request = dataclasses.replace(request, options={BUILD_KEY: key, "layers": layers, "target": target})
             with StageByName(clock) as report:
                 engine, referenced = _build_engine(model, plan, opened, writer, request, report)
             for file in opened.tokenizer_files:
@@ -172,7 +171,7 @@ def _finished(output: Path, key: str) -> EngineConfig | None:
     """The engine at `output` if it is whole and was built from the same things."""
     try:
         config = read_config(output)
-        if config.options.get(_BUILD_KEY) != key:
+        if config.options.get(BUILD_KEY) != key:
             return None
         verify_files(output, config)
     except EngineError:

@@ -19,6 +19,7 @@ from mxcompile.cli.errors import report
 
 VERBS = {
     "build": "Compile a checkpoint into an engine directory.",
+    "refit": "Give an engine the weights of another checkpoint of the same model, without building it again.",
     "run": "Generate with a built engine.",
     "serve": "Serve an engine with Triton Inference Server and an OpenAI-compatible API.",
     "triton": "Write a model repository for a Triton Inference Server that runs elsewhere.",

@@ -30,13 +30,15 @@ class SignedExperts(ir.passes.InPlacePass):
                 value = node.inputs[index]
                 if value is None or value.const_value is None or value.dtype != ir.DataType.UINT8:
                     raise ValueError(f"{node.name}: input {index} is not a quantized weight")
-                value.const_value = _signed(value.const_value)
+                value.const_value = signed(value.const_value)
                 value.type = ir.TensorType(ir.DataType.INT8)
             modified = True
         return ir.passes.PassResult(model, modified)
 
 
-def _signed(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+def signed(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    """Rule 2."""
+
     def made() -> ir.TensorProtocol:
         flipped = tensor.numpy() ^ np.uint8(128)
         return ir.tensor(flipped.view(np.int8), name=tensor.name)
