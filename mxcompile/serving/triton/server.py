@@ -30,6 +30,17 @@ def _end_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def _children(pid: int) -> set[int]:
+    """Processes that run and were started by this one."""
+    found = set()
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError):  # it has just ended
+            state, parent = file.read_text().rsplit(")", 1)[1].split()[:2]
+            if parent == str(pid) and state not in "ZX":
+                found.add(int(file.parent.name))
+    return found
+
+
 class TritonServer:
     """Serves a model repository until it is stopped. Start it from a thread that stays, and use it in a with block."""
 
@@ -48,6 +59,7 @@ class TritonServer:
         """Start it. `drain_s`: seconds that running requests have to end once it is asked to stop."""
         self.host, self.http_port, self.grpc_port, self.metrics_port = host, http_port, grpc_port, metrics_port
         self._drain_s = drain_s
+        self._stubs: set[int] = set()
         self._backends = backend_directory(installation)
         region = f"mxcompile_{os.getpid()}_{id(self):x}_"
         self._shared_memory = region
@@ -108,6 +120,14 @@ class TritonServer:
         """None while it runs."""
         return self._process.poll()
 
+    def lost(self) -> str | None:
+        """What has ended by itself since the server was ready, if anything has. Triton does not start a lost Python
+        process again, and yet calls itself ready.
+        """
+        if self.returncode is not None:
+            return f"Triton ended by itself with {self.returncode}"
+        return "Triton's Python process ended by itself" if self._stubs - _children(self.pid) else None
+
     def wait_ready(self, limit_s: float = 600.0, stop: threading.Event | None = None) -> None:
         """Return when it serves, or `stop` is set. Raises MxcompileError when it ends before, or takes longer."""
         end = time.monotonic() + limit_s
@@ -117,6 +137,7 @@ class TritonServer:
             if self.returncode is not None:
                 raise MxcompileError("Triton ended while it was starting; its messages above say why")
             if self.ready():
+                self._stubs = _children(self.pid)
                 return
             time.sleep(0.05)
         raise MxcompileError(f"Triton was not ready after {limit_s:g} s")
