@@ -54,7 +54,7 @@ class CudaDevice:
 
     def allocate(self, nbytes: int) -> int:
         """Address of new memory, zeroed. EngineError with the numbers where there is not enough."""
-        free, _total = self._free_memory()
+        free, _total = self.free_memory()
         if nbytes > free:
             raise EngineError(
                 f"out of GPU memory: {nbytes / 2**30:.2f} GiB more are needed, {free / 2**30:.2f} GiB are free; "
@@ -65,7 +65,8 @@ class CudaDevice:
         self.zero(address, nbytes)
         return address
 
-    def _free_memory(self) -> tuple[int, int]:
+    def free_memory(self) -> tuple[int, int]:
+        """Bytes that are free, and all there are."""
         status, free, total = self._cuda.cudaMemGetInfo()
         if status != self._cuda.cudaError_t.cudaSuccess:
             raise EngineError("cudaMemGetInfo failed", exit_code=ENVIRONMENT)

@@ -19,6 +19,7 @@ from engines.interface import State, StepResult
 from engines.plan import Run
 from engines.ragged import RaggedSession
 from engines.tensorrt.bindings import StepShapes
+from engines.tensorrt.books import Books
 from engines.tensorrt.profiles import DECODE
 from engines.tensorrt.state import TrtState
 
@@ -42,6 +43,7 @@ class TrtSession(RaggedSession):
         communicator: Any = None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
+        device = Books(device)
         self._config, self._device, self._engine = config, device, engine
         self._communicator, self._tick = communicator, tick
         self._max_step_tokens = config.limits.prefill_chunk
@@ -60,6 +62,10 @@ class TrtSession(RaggedSession):
         # The decode step that the graph replays; any other step drops it.
         self._graph: tuple[Any, Any] | None = None
         self._last_decode: Any = None
+
+    def device_memory(self, reset: bool = False) -> dict[str, int | None]:
+        """Memory of the device in bytes; see `engines.tensorrt.books.Books.memory`."""
+        return self._device.memory(reset)
 
     def _context(self, profile: int) -> Any:
         context = self._engine.create_execution_context()
