@@ -1,4 +1,8 @@
-"""The chat text of MiniMax-Text-01, rendered in our own code (reference/minimax01-facts.md, section 6).
+"""The chat text of MiniMax's models, rendered in our own code (reference/minimax01-facts.md, section 6).
+
+Text-01 and VL-01 share a template. M1 has another: it opens the document, puts what the system says first, then all tools in
+one block, and gives the answers of tools a header of their own (its published tokenizer_config.json; the words about
+tools are those of its function call guide, where the two differ).
 
 Every message is `<beginning_of_sentence>`, a header, a newline, its text, `<end_of_sentence>` and a newline.
 """
@@ -19,8 +23,22 @@ HEADERS = {
     "function": "system function_response=functions",
 }
 TOOL_HEADER = "system function_setting=functions"
+M1 = "m1"  # the family whose template differs
+M1_BEGIN, M1_TOOLS_HEADER, M1_RESULT_HEADER = "<begin_of_document>", "system tool_setting=tools", "tool name=tools"
+_M1_TOOLS = """You are provided with these tools:
+<tools>
+{}
+</tools>
+
+If you need to call tools, please respond with <tool_calls></tool_calls> XML tags, and provide tool-name and json-object \
+of arguments, following the format below:
+<tool_calls>
+{{"name": <tool-name>, "arguments": <args-json-object>}}
+...
+</tool_calls>"""
 DEFAULT_SYSTEM = "You are a helpful assistant created by MiniMax based on MiniMax-Text-01 model."
 """What the official scripts set when the user sets nothing."""
+M1_DEFAULT_SYSTEM = "You are a helpful assistant created by MiniMax based on MiniMax-M1 model."
 
 
 class ChatError(MxcompileError):
@@ -32,14 +50,17 @@ def render(
     tools: Sequence[Mapping[str, Any]] = (),
     *,
     add_generation_prompt: bool = True,
+    family: str = "text-01",
 ) -> str:
-    """The text the model was trained on for a conversation.
+    """The text the model was trained on for a conversation. `family`: as the engine's configuration names it.
 
     A message is {"role", "content"} with role system, user, assistant or function (which also has a "name"); content
     is a string, or a list of {"type": "text", "text"}. As in the published template, only the first item of a list
     counts, save for the assistant, whose items are joined; and the tools, one block of JSON each, come after all
-    messages.
+    messages (M1: in one block before them).
     """
+    if family == M1:
+        return _render_m1(messages, tools, add_generation_prompt)
     parts = [_block(*_message(index, message)) for index, message in enumerate(messages)]
     parts += [_block(TOOL_HEADER, _tool(index, tool)) for index, tool in enumerate(tools)]
     if add_generation_prompt:
@@ -47,9 +68,33 @@ def render(
     return "".join(parts)
 
 
-def opening(system: str | None, text: str) -> list[dict[str, str]]:
+def _render_m1(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], go_on: bool) -> str:
+    system, parts, results = "", [], ""
+    for index, message in enumerate(messages):
+        header, text = _message(index, message)
+        if results and message["role"] != "function":
+            parts.append(_block(M1_RESULT_HEADER, results))
+            results = ""
+        if message["role"] == "system":
+            system += text
+        elif message["role"] == "function":  # answers to the calls of one message stand in one block
+            results += f"tool name: {message['name']}\ntool result: {_texts(index, message['content'])[0]}\n\n"
+        else:
+            parts.append(_block(header, text))
+    if results:
+        parts.append(_block(M1_RESULT_HEADER, results))
+    if tools:
+        lines = "\n".join(_tool(index, tool) for index, tool in enumerate(tools))
+        parts.insert(0, _block(M1_TOOLS_HEADER, _M1_TOOLS.format(lines)))
+    if system:
+        parts.insert(0, _block(HEADERS["system"], system))
+    return M1_BEGIN + "".join(parts) + (generation_prompt() if go_on else "")
+
+
+def opening(system: str | None, text: str, *, family: str = "text-01") -> list[dict[str, str]]:
     """The messages that open a conversation: the system's (None: the official one, "": none) and the user's."""
-    system = DEFAULT_SYSTEM if system is None else system
+    if system is None:
+        system = M1_DEFAULT_SYSTEM if family == M1 else DEFAULT_SYSTEM
     first = [{"role": "system", "content": system}] if system else []
     return [*first, {"role": "user", "content": text}]
 

@@ -53,6 +53,11 @@ class LoadedEngine:
         eos = self.config.model.get("eos_token_id")
         return () if eos is None else (int(eos),)
 
+    @property
+    def family(self) -> str:
+        """Which published model this is one of: "text-01", "m1" or "vl-01"; it decides the chat's text."""
+        return str(self.config.model.get("family", "text-01"))
+
     def new_state(self, batch_size: int) -> State:
         """Buffers for `batch_size` empty sequences."""
         return self.session.new_state(batch_size)

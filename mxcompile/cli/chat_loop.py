@@ -50,5 +50,5 @@ def _turn(
 ) -> list[int]:
     """The tokens that the state has not seen: the end of the last answer, and the new turn."""
     if last is None:
-        return engine.tokens(render(opening(system, line)))
+        return engine.tokens(render(opening(system, line, family=engine.family), family=engine.family))
     return [*last.unfed_tokens, *engine.tokens(next_turn(line, answer_ended=last.stop_reason == end))]

@@ -77,7 +77,7 @@ def command(
     if chat:
         from mxcompile.chat import opening, render
 
-        text = render(opening(system, text or ""))
+        text = render(opening(system, text or "", family=engine.family), family=engine.family)
     result = answer(engine, ids if ids is not None else text or "", settings, stream=not (no_stream or as_json))
     if as_json:
         from mxcompile.cli.output import print_json

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from engines.directory import read_config
 from mxcompile.errors import EnvironmentProblem
 from mxcompile.serving.triton.environment import TritonInstallation
 from mxcompile.serving.triton.repository import write_repository
@@ -66,7 +67,8 @@ def serve(
 
             base = f"http://{at.host}:{at.http_port}"
             metrics = f"http://{at.host}:{at.metrics_port}/metrics"
-            stack.enter_context(FrontServer(at.host, at.openai_port, base, metrics, name, drain_s))
+            family = str(read_config(engine).model.get("family", "text-01"))
+            stack.enter_context(FrontServer(at.host, at.openai_port, base, metrics, name, drain_s, family))
             say(f"OpenAI API  http://{at.host}:{at.openai_port}/v1")
         say(f"Triton      {at.host}:{at.http_port} (HTTP), {at.host}:{at.grpc_port} (gRPC), model {name}")
         say(f"metrics     http://{at.host}:{at.metrics_port}/metrics")

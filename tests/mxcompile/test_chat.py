@@ -6,7 +6,7 @@ import pytest
 
 from model_defs.checkpoint.random_tokenizer import write_tokenizer
 from model_defs.presets import preset
-from mxcompile.chat import DEFAULT_SYSTEM, ChatError, next_turn, render
+from mxcompile.chat import DEFAULT_SYSTEM, ChatError, next_turn, opening, render
 from mxcompile.tokenizer import Tokenizer
 
 
@@ -84,3 +84,34 @@ def test_what_the_template_cannot_say_is_refused(message, error):
 def test_bad_tools_are_refused(tool):
     with pytest.raises(ChatError, match="tool 0"):
         render([{"role": "user", "content": "x"}], [tool])
+
+
+def test_the_text_of_m1():
+    """Another order and other headers than Text-01's: all that the system says, the tools, then the conversation."""
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "system", "content": "One."},
+        {"role": "assistant", "content": text("I ", "ask.")},
+        {"role": "function", "name": "weather", "content": "grey"},
+        {"role": "function", "name": "time", "content": "late"},
+        {"role": "system", "content": "Two."},
+        {"role": "user", "content": "And?"},
+    ]
+    rendered = render(messages, [{"name": "weather"}, {"name": "time"}], family="m1")
+    assert rendered.startswith(
+        "<begin_of_document><beginning_of_sentence>system ai_setting=assistant\nOne.Two.<end_of_sentence>\n"
+        "<beginning_of_sentence>system tool_setting=tools\nYou are provided with these tools:\n<tools>\n"
+        '{"name": "weather"}\n{"name": "time"}\n</tools>\n\nIf you need'
+    )
+    assert rendered.endswith(
+        "\n</tool_calls><end_of_sentence>\n"
+        "<beginning_of_sentence>user name=user\nWeather?<end_of_sentence>\n"
+        "<beginning_of_sentence>ai name=assistant\nI ask.<end_of_sentence>\n"
+        "<beginning_of_sentence>tool name=tools\ntool name: weather\ntool result: grey\n\n"
+        "tool name: time\ntool result: late\n\n<end_of_sentence>\n"
+        "<beginning_of_sentence>user name=user\nAnd?<end_of_sentence>\n"
+        "<beginning_of_sentence>ai name=assistant\n"
+    )
+    assert opening(None, "Hi", family="m1")[0]["content"].endswith("based on MiniMax-M1 model.")
+    with pytest.raises(ChatError, match="message 0 has role 'robot'"):
+        render([{"role": "robot", "content": "beep"}], family="m1")

@@ -85,6 +85,28 @@ def test_a_forced_call_begins_in_the_prompt(choice, answer, expected):
     assert read(use, list(answer)) == ("", expected)
 
 
+@pytest.mark.parametrize(
+    ("choice", "answer", "expected"),
+    [
+        (
+            {"type": "function", "function": {"name": "get_weather"}},
+            '{"a": 1}}\n</tool_calls>',
+            [("get_weather", '{"a": 1}')],
+        ),
+        (
+            {"type": "function", "function": {"name": "get_weather"}},
+            '{"a": }\n</tool_calls>',
+            [("get_weather", '{"a": ')],
+        ),
+        ("required", 'get_weather", "arguments": {"a": 1}}\n</tool_calls>', [("get_weather", '{"a": 1}')]),
+    ],
+)
+def test_a_forced_call_of_m1_begins_in_the_prompt(choice, answer, expected):
+    use = tool_use(TOOLS, choice, None, "m1")
+    assert use.forced.startswith('<tool_calls>\n{"name": "')
+    assert read(use, list(answer)) == ("", expected)
+
+
 def test_a_required_call_that_does_not_come_is_text():
     assert read(tool_use(TOOLS, "required", None), ["no idea"]) == ("no idea", [])
 
@@ -114,6 +136,20 @@ def test_a_conversation_with_calls_in_the_words_of_the_template():
         {"role": "tool", "tool_call_id": "call_1", "content": 'it is "fine"'},
         {"role": "tool", "tool_call_id": "call_1", "content": '{"degrees": 21}'},
     ]
+    assert render(conversation(messages, "m1"), [WEATHER], family="m1") == (
+        "<begin_of_document><beginning_of_sentence>system ai_setting=assistant\nBe brief.<end_of_sentence>\n"
+        "<beginning_of_sentence>system tool_setting=tools\nYou are provided with these tools:\n<tools>\n"
+        '{"name": "get_weather", "description": "Now.", "parameters": {"type": "object"}}\n</tools>\n\n'
+        "If you need to call tools, please respond with <tool_calls></tool_calls> XML tags, and provide tool-name and "
+        "json-object of arguments, following the format below:\n<tool_calls>\n"
+        '{"name": <tool-name>, "arguments": <args-json-object>}\n...\n</tool_calls><end_of_sentence>\n'
+        "<beginning_of_sentence>user name=user\nAnd in Bern?<end_of_sentence>\n"
+        "<beginning_of_sentence>ai name=assistant\n<tool_calls>\n"
+        '{"name": "get_weather", "arguments": {"place": "Bern"}}\n</tool_calls><end_of_sentence>\n'
+        '<beginning_of_sentence>tool name=tools\ntool name: get_weather\ntool result: it is "fine"\n\n'
+        'tool name: get_weather\ntool result: {"degrees": 21}\n\n<end_of_sentence>\n'
+        "<beginning_of_sentence>ai name=assistant\n"
+    )
     assert render(conversation(messages), [WEATHER]) == (
         "<beginning_of_sentence>system ai_setting=assistant\nBe brief.<end_of_sentence>\n"
         "<beginning_of_sentence>user name=user\nAnd in Bern?<end_of_sentence>\n"

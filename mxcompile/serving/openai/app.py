@@ -28,8 +28,10 @@ _LONGEST_CLIENT = 128  # characters of a client's name that count
 T = TypeVar("T")
 
 
-def create_app(triton: str, metrics: str, model: str) -> FastAPI:
-    """`triton`: base address of its HTTP port; `metrics`: address of its metrics; `model`: name of the one model."""
+def create_app(triton: str, metrics: str, model: str, family: str = "text-01") -> FastAPI:
+    """`triton`: base address of its HTTP port; `metrics`: address of its metrics; `model`: name of the one model;
+    `family`: which published model it is one of, which decides the chat's text.
+    """
     started = int(time.time())
     client = httpx.AsyncClient(base_url=triton, timeout=None, limits=httpx.Limits(max_connections=None))
 
@@ -93,7 +95,7 @@ def create_app(triton: str, metrics: str, model: str) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
-        tools = body.tool_use()
+        tools = body.tool_use(family)
         return await answer(body, request, "chat.completion", lambda index: ChatChoice(index, tools))
 
     @app.post("/v1/completions")
@@ -111,7 +113,7 @@ def create_app(triton: str, metrics: str, model: str) -> FastAPI:
         named = {"request_id": request.state.request_id}
         if who := _client(request, body):
             named["client_id"] = who
-        asked = [tensors | named for tensors in body.requests()]
+        asked = [tensors | named for tensors in body.requests(family)]
         choices = [make(index) for index in range(len(asked) * body.answers)]
         answers = await _unless_left(request, _ask_all(client, model, asked))
         merged = _merge(answers, body.answers)

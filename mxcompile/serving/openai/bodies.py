@@ -97,8 +97,8 @@ class Common(BaseModel):
         """Answers to each prompt."""
         return self.n or 1
 
-    def requests(self) -> list[dict[str, Any]]:
-        """The fields of Triton's generate request for each prompt."""
+    def requests(self, family: str) -> list[dict[str, Any]]:
+        """The fields of Triton's generate request for each prompt; `family` of the model as its configuration has it."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
@@ -134,15 +134,16 @@ class ChatBody(Common):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
 
-    def tool_use(self) -> ToolUse:
+    def tool_use(self, family: str) -> ToolUse:
         """What is said of tools."""
-        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls, family)
 
-    def requests(self) -> list[dict[str, Any]]:
+    def requests(self, family: str) -> list[dict[str, Any]]:
         """One request, with the conversation as the model was trained on it."""
-        tools = self.tool_use()
+        tools = self.tool_use(family)
+        text = render(conversation(self.messages, family), tools.definitions, family=family)
         values = self.settings() | {
-            "text_input": render(conversation(self.messages), tools.definitions) + tools.forced,
+            "text_input": text + tools.forced,
             "max_tokens": self.max_completion_tokens or self.max_tokens or NO_LIMIT,
         }
         if self.top_logprobs is not None and not self.logprobs:
@@ -160,7 +161,7 @@ class CompletionBody(Common):
     session_id: str | None = None
     session_start: bool = False
 
-    def requests(self) -> list[dict[str, Any]]:
+    def requests(self, family: str) -> list[dict[str, Any]]:
         """A request for each prompt."""
         prompts: list[Any] = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
         if prompts and isinstance(prompts[0], int):

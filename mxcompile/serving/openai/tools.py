@@ -1,8 +1,8 @@
 """Tools of the OpenAI API in the words of MiniMax's models: what goes into the prompt, and calls in the answer.
 
 MiniMax-Text-01 calls with the special token `<function_call>` and a fenced block of `functions.NAME(JSON)` lines;
-MiniMax-M1 with `{"name": ..., "arguments": ...}` lines between `<tool_calls>` and `</tool_calls>`. Both are read. Sources:
-the function call guides in the models' published repositories.
+MiniMax-M1 with `{"name": ..., "arguments": ...}` lines between `<tool_calls>` and `</tool_calls>`. Both are read; written
+is what the family of the engine's model writes. Sources: the function call guides in the models' published repositories.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mxcompile.chat import M1
 from mxcompile.errors import MxcompileError
 from mxcompile.tokenizer import FUNCTION_CALL
 
@@ -27,11 +28,14 @@ _decoder = json.JSONDecoder()
 
 @dataclass(frozen=True)
 class ToolUse:
-    """What a request says of tools. `definitions` go into the prompt; `forced` is what the answer must begin with."""
+    """What a request says of tools. `definitions` go into the prompt; `forced` is what the answer must begin with, and
+    `name` the function that this names.
+    """
 
     definitions: list[dict[str, Any]] = field(default_factory=list)
     forced: str = ""
     only_first: bool = False
+    name: str = ""
 
     @property
     def expected(self) -> bool:
@@ -39,7 +43,9 @@ class ToolUse:
         return bool(self.definitions)
 
 
-def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, parallel: bool | None) -> ToolUse:
+def tool_use(
+    tools: Sequence[Mapping[str, Any]] | None, choice: Any, parallel: bool | None, family: str = "text-01"
+) -> ToolUse:
     """The request's `tools`, `tool_choice` and `parallel_tool_calls`. Raises MxcompileError for what is none."""
     definitions = [_definition(index, tool) for index, tool in enumerate(tools or ())]
     if choice is None:
@@ -51,7 +57,7 @@ def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, parallel: b
         return ToolUse()
     if choice == "auto":
         return ToolUse(definitions, "", only_first)
-    opening = f"{FUNCTION_CALL}{_FENCE}functions."
+    opening = f'{_M1_BEGIN}\n{{"name": "' if family == M1 else f"{FUNCTION_CALL}{_FENCE}functions."
     if choice == "required":
         return ToolUse(definitions, opening, only_first)
     wanted = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
@@ -62,7 +68,8 @@ def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, parallel: b
         )
     if name not in [definition["name"] for definition in definitions]:
         raise MxcompileError(f"tool_choice: there is no tool {name!r}")
-    return ToolUse(definitions, f"{opening}{name}(", only_first)
+    closing = '", "arguments": ' if family == M1 else "("
+    return ToolUse(definitions, f"{opening}{name}{closing}", only_first, name)
 
 
 def _definition(index: int, tool: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +87,7 @@ def _definition(index: int, tool: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in function.items() if key != "strict"}
 
 
-def conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def conversation(messages: Sequence[Mapping[str, Any]], family: str = "text-01") -> list[dict[str, Any]]:
     """Messages of the OpenAI API as `mxcompile.chat.render` takes them.
 
     A `developer` speaks as the system; calls of the assistant are written as the model writes them; an answer of a
@@ -93,9 +100,8 @@ def conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if role == "developer":
             message = {**message, "role": "system"}
         elif role == "assistant" and message.get("tool_calls"):
-            calls = [_said(index, call, names) for call in message["tool_calls"]]
-            lines = "\n".join(calls)
-            text = f"{FUNCTION_CALL}{_FENCE}{lines}\n```"
+            lines = "\n".join(_said(index, call, names, family) for call in message["tool_calls"])
+            text = f"{_M1_BEGIN}\n{lines}\n{_M1_END}" if family == M1 else f"{FUNCTION_CALL}{_FENCE}{lines}\n```"
             said = message.get("content") or []
             said = [{"type": "text", "text": said}] if isinstance(said, str) else list(said)
             message = {"role": role, "content": [*said, {"type": "text", "text": text}]}
@@ -103,14 +109,14 @@ def conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             name = names.get(message.get("tool_call_id", ""))
             if name is None:
                 raise MxcompileError(f"message {index} answers a tool call that no message before it makes")
-            message = {"role": "function", "name": name, "content": _as_json(message.get("content"))}
-        elif role == "function":
+            message = {"role": "function", "name": name, "content": message.get("content")}
+        if message.get("role") == "function" and family != M1:
             message = {**message, "content": _as_json(message.get("content"))}
         found.append(dict(message))
     return found
 
 
-def _said(index: int, call: Any, names: dict[str, str]) -> str:
+def _said(index: int, call: Any, names: dict[str, str], family: str) -> str:
     try:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         if not isinstance(name, str) or not isinstance(arguments, str):
@@ -118,6 +124,8 @@ def _said(index: int, call: Any, names: dict[str, str]) -> str:
         names[str(call["id"])] = name
     except (KeyError, TypeError):
         raise MxcompileError(f"message {index} has a tool call without id, name and arguments") from None
+    if family == M1:
+        return f'{{"name": {json.dumps(name)}, "arguments": {arguments or "{}"}}}'
     return f"functions.{name}({arguments or '{}'})"
 
 
@@ -172,11 +180,12 @@ class ToolCalls:
         self._rest = ""
         if not self._inside:
             return rest, []
-        named = _CALL.fullmatch(self._use.forced.removeprefix(f"{FUNCTION_CALL}{_FENCE}"))
-        if named and not self.calls:
+        if self._use.name and not self.calls:
             # The name was asked for and is sure; that the arguments are no JSON is for the client to see.
-            arguments = rest.removeprefix(_FENCE)[len(named.group()) :]
-            self._add(named.group(1), arguments.rstrip().removesuffix("```").rstrip().removesuffix(")"))
+            arguments = (self._inside + rest).removeprefix(self._use.forced)
+            for end in (_M1_END, "}") if self._inside == _M1_BEGIN else ("```", ")"):
+                arguments = arguments.rstrip().removesuffix(end)
+            self._add(self._use.name, arguments)
             return "", self._keep(before)
         if self._block_calls:
             return "", []  # a block that was not closed
