@@ -111,9 +111,9 @@ Status checkLightningPlan(const LightningParams& params, const LightningPlan& pl
                     "lightning prefill: compute capability %d.%d is too old; 8.0 or later is needed",
                     compute_capability / 10, compute_capability % 10);
     }
-    if (plan.kernel != 0 && plan.kernel != 1)
+    if (plan.kernel < 0 || plan.kernel > 2)
         return fail(bad, "lightning prefill: plan.kernel %d is unknown", plan.kernel);
-    if (plan.kernel == 1 && !lightningSm90Fits(plan, params.head_dim, compute_capability)) {
+    if (plan.kernel != 0 && !lightningSm90Fits(plan, params.head_dim, compute_capability)) {
         return fail(Status::kArchitecture,
                     "lightning prefill: the sm_90a kernel needs compute capability 9.0 and head_dim 128");
     }

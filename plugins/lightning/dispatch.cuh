@@ -90,26 +90,43 @@ Status runPrefillPortable(const LightningParams& params, const LightningPlan& pl
                                            : runPrefillElement<BFloat16>(params, plan, runner);
 }
 
-// The sm_90a kernel (through `main`), with the portable summaries and scan before it (through `runner`). head_dim 128
-// only.
-template <class Element, int kSplits, class Runner, class MainRunner>
-Status runPrefillSm90Splits(const LightningParams& params, const LightningPlan& plan, Runner& runner,
-                            MainRunner& main) {
-    const Status status = runSegments<Element, 128, kSplits>(params, plan, runner);
-    if (status != Status::kOk) return status;
+// The sm_90a kernels (through `hopper`, which also makes the tensor maps), with the scan between them (through
+// `runner`). head_dim 128 only.
+template <class Element, class Runner, class HopperRunner>
+Status runPrefillSm90Element(const LightningParams& params, const LightningPlan& plan, Runner& runner,
+                             HopperRunner& hopper) {
     const unsigned rows = static_cast<unsigned>(params.batch * params.heads);
-    return main.template run<PrefillSm90<Element, kSplits>>(rows * static_cast<unsigned>(plan.segments * kSplits),
-                                                            prefillArgs(params, plan));
+    const bool cluster = plan.value_splits == 2 && plan.kernel == 1;
+    PrefillSm90Args args{};
+    args.prefill = prefillArgs(params, plan);
+    Status status = hopper.rowMap(args.v, args.prefill.v, params, kLightningChunk);
+    if (status == Status::kOk) status = hopper.rowMap(args.out, args.prefill.out, params, kLightningChunk);
+    if (status == Status::kOk && plan.segments > 1) {
+        status = hopper.rowMap(args.k, args.prefill.k, params, kLightningChunk);
+        args.q = args.k;  // not read
+        if (status == Status::kOk) {
+            status = hopper.template run<PrefillSm90<Element, 1, Sm90Form::kSummary>>(
+                rows * static_cast<unsigned>(plan.segments - 1), args);
+        }
+        if (status == Status::kOk) {
+            status = runner.template run<SegmentScan<128>>(
+                rows * static_cast<unsigned>(SegmentScan<128>::kBlocksPerHead), args.prefill);
+        }
+    }
+    const int box_tokens = cluster ? kLightningChunk / 2 : kLightningChunk;
+    if (status == Status::kOk) status = hopper.rowMap(args.q, args.prefill.q, params, box_tokens);
+    if (status == Status::kOk) status = hopper.rowMap(args.k, args.prefill.k, params, box_tokens);
+    if (status != Status::kOk) return status;
+    const unsigned grid = rows * static_cast<unsigned>(plan.segments * plan.value_splits);
+    if (cluster) return hopper.template run<PrefillSm90<Element, 2, Sm90Form::kCluster>>(grid, args);
+    if (plan.value_splits == 2) return hopper.template run<PrefillSm90<Element, 2, Sm90Form::kApart>>(grid, args);
+    return hopper.template run<PrefillSm90<Element, 1, Sm90Form::kApart>>(grid, args);
 }
 
-template <class Runner, class MainRunner>
-Status runPrefillSm90(const LightningParams& params, const LightningPlan& plan, Runner& runner, MainRunner& main) {
-    if (params.dtype == DType::kFloat16) {
-        return plan.value_splits == 2 ? runPrefillSm90Splits<Half, 2>(params, plan, runner, main)
-                                      : runPrefillSm90Splits<Half, 1>(params, plan, runner, main);
-    }
-    return plan.value_splits == 2 ? runPrefillSm90Splits<BFloat16, 2>(params, plan, runner, main)
-                                  : runPrefillSm90Splits<BFloat16, 1>(params, plan, runner, main);
+template <class Runner, class HopperRunner>
+Status runPrefillSm90(const LightningParams& params, const LightningPlan& plan, Runner& runner, HopperRunner& hopper) {
+    return params.dtype == DType::kFloat16 ? runPrefillSm90Element<Half>(params, plan, runner, hopper)
+                                           : runPrefillSm90Element<BFloat16>(params, plan, runner, hopper);
 }
 
 template <class Element, int kDim, class Runner>

@@ -54,7 +54,8 @@ struct LightningParams {
 };
 
 // Any T >= 0; dtype fp16 or bf16. `plan` may be null: planned for the current device (with the sm_90a kernel where it
-// fits and the environment has MXC_LIGHTNING_SM90=1). With fp16, |q k| and the state's elements must stay below 65504.
+// fits and the environment has MXC_LIGHTNING_SM90=1, or 2: see LightningPlan). With fp16, |q k| and the state's
+// elements must stay below 65504.
 Status launchLightningPrefill(const LightningParams& params, const LightningPlan* plan, cudaStream_t stream) noexcept;
 // T == 0 or 1 only: one pass over the state. dtype fp16, bf16 or fp32.
 Status launchLightningDecode(const LightningParams& params, cudaStream_t stream) noexcept;

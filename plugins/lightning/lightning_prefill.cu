@@ -11,9 +11,11 @@ namespace {
 
 constexpr char kName[] = "lightning prefill";
 
-bool sm90Wanted() noexcept {
+// plan.kernel where the sm_90a kernel fits.
+int32_t sm90Wanted() noexcept {
     const char* value = std::getenv("MXC_LIGHTNING_SM90");
-    return value != nullptr && std::strcmp(value, "1") == 0;
+    if (value == nullptr) return 0;
+    return std::strcmp(value, "1") == 0 ? 1 : (std::strcmp(value, "2") == 0 ? 2 : 0);
 }
 
 }  // namespace
@@ -33,11 +35,11 @@ Status launchLightningPrefill(const LightningParams& params, const LightningPlan
     } else {
         chosen = planLightningPrefill(params.batch, params.tokens, params.heads, params.head_dim, facts.sm_count,
                                       facts.compute_capability);
-        if (sm90Wanted() && lightningSm90Fits(chosen, params.head_dim, facts.compute_capability)) chosen.kernel = 1;
+        if (lightningSm90Fits(chosen, params.head_dim, facts.compute_capability)) chosen.kernel = sm90Wanted();
     }
     status = checkLightningPlan(params, chosen, facts.compute_capability);
     if (status != Status::kOk) return status;
-    return chosen.kernel == 1 ? runLightningPrefillSm90(params, chosen, stream)
+    return chosen.kernel != 0 ? runLightningPrefillSm90(params, chosen, stream)
                               : runPrefillPortable(params, chosen, runner);
 }
 

@@ -1,3 +1,7 @@
+#include <cuda.h>
+
+#include <cstring>
+
 #include "dispatch.cuh"
 #include "lightning_prefill_sm90.h"
 #include "mxc/launch.cuh"
@@ -5,6 +9,11 @@
 
 namespace mxc {
 namespace {
+
+constexpr char kName[] = "lightning prefill (sm_90a)";
+
+static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap),
+              "TensorMap holds a CUtensorMap");
 
 // Other architectures' code of the same kernel does nothing; the plan's check (compute capability 9.0) keeps it from
 // being launched.
@@ -20,20 +29,66 @@ struct OnlySm90 : Kernel {
     }
 };
 
-struct Sm90Runner {
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, without linking to the driver: this library must load where there is none.
+Status findEncode(Encode& encode) noexcept {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    if (error != cudaSuccess) {
+        cudaGetLastError();
+        return cudaFailure(kName, "asking the driver for cuTensorMapEncodeTiled", error);
+    }
+    if (result != cudaDriverEntryPointSuccess || found == nullptr) {
+        return fail(Status::kCuda, "%s: the driver has no cuTensorMapEncodeTiled; use a driver for CUDA 12 or later",
+                    kName);
+    }
+    encode = reinterpret_cast<Encode>(found);
+    return Status::kOk;
+}
+
+struct HopperRunner {
     CudaRunner runner;
+    Encode encode;
+
     template <class Kernel>
     Status run(unsigned grid, const typename Kernel::Args& args) noexcept {
         return runner.run<OnlySm90<Kernel>>(grid, args);
+    }
+
+    // Boxes of 64 columns and `tokens` tokens of one head in [B, T, H, 128].
+    Status rowMap(TensorMap& map, const uint16_t* rows, const LightningParams& params, int tokens) const noexcept {
+        const auto unsign = [](int32_t size) { return static_cast<cuuint64_t>(size); };
+        const cuuint64_t row = 2 * 128, token = row * unsign(params.heads);
+        const cuuint64_t size[4] = {128, unsign(params.heads), unsign(params.tokens), unsign(params.batch)};
+        const cuuint64_t stride[3] = {row, token, token * unsign(params.tokens)};
+        const cuuint32_t box[4] = {64, 1, static_cast<cuuint32_t>(tokens), 1}, step[4] = {1, 1, 1, 1};
+        const auto type =
+            params.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+        CUtensorMap made;
+        const CUresult result =
+            encode(&made, type, 4, const_cast<uint16_t*>(rows), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        if (result != CUDA_SUCCESS) {
+            return fail(Status::kCuda, "%s: the driver refuses the tensor map of [%d, %d, %d, 128] (CUresult %d)",
+                        kName, params.batch, params.tokens, params.heads, static_cast<int>(result));
+        }
+        std::memcpy(&map, &made, sizeof made);
+        return Status::kOk;
     }
 };
 
 }  // namespace
 
 Status runLightningPrefillSm90(const LightningParams& params, const LightningPlan& plan, cudaStream_t stream) noexcept {
-    CudaRunner runner{"lightning prefill (sm_90a)", stream};
-    Sm90Runner main{runner};
-    return runPrefillSm90(params, plan, runner, main);
+    Encode encode = nullptr;
+    const Status status = findEncode(encode);
+    if (status != Status::kOk) return status;
+    CudaRunner runner{kName, stream};
+    HopperRunner hopper{runner, encode};
+    return runPrefillSm90(params, plan, runner, hopper);
 }
 
 }  // namespace mxc

@@ -12,7 +12,7 @@ constexpr int32_t kLightningChunk = 64;  // tokens of one chunk: fewest operatio
 
 // How a prefill is laid over the GPU.
 struct LightningPlan {
-    int32_t kernel = 0;          // 0 portable mma, 1 sm_90a
+    int32_t kernel = 0;          // 0 portable mma, 1 sm_90a, 2 sm_90a whose value halves do not share their loads
     int32_t value_splits = 1;    // CTAs that share one head, each with V / value_splits columns of the state
     int32_t segments = 1;        // pieces of the sequence run side by side and joined by a scan
     int32_t segment_chunks = 0;  // chunks of 64 tokens in each segment; the last segment may hold fewer, never none

@@ -1,54 +1,78 @@
-// Lightning attention prefill for sm_90a, head_dim 128: the algebra of prefill_portable.cuh on warpgroup products.
+// Lightning attention prefill for sm_90a, head_dim 128: the algebra of prefill_portable.cuh on the copy engine and
+// warpgroup products.
 //
-// One CTA per (sequence, head, value part, segment). Two warps load: they copy the chunks' Q, K and V into a ring of
-// four stages (swizzled for wgmma, rows past the length as zeros) and make their decays. One or two warpgroups compute,
-// each with 64 value columns of the state in fp32 registers:
-//   P   = decayed lower triangle of Q K^T, whose product was issued one chunk before
-//   O^T = S^T Q^T                       S^T from registers (rounded to 16 bits as an operand), Q from shared memory
-//   O^T = O^T * from_start + V^T P^T    V^T from registers
-//   next chunk's Q K^T                  runs beside the following products
-//   S^T = S^T * whole + (V * to_end)^T K, the chunk's part summed apart, 64 keys at a time
-// Ordinary cp.async fills the ring rather than TMA: tokens past a sequence's length must not be read (they may be NaN,
-// and what follows a row in a batch is the next sequence), which a rectangular box cannot express. The copying thread
-// waits for its copies, fences towards the matrix units, then arrives, so a stage's arrivals order its data before
-// wgmma's reads.
+// One CTA per (sequence, head, value part, segment). Its warpgroups have one job each:
+//   loading   one warp: boxes of Q, K and V by the copy engine into a ring of stages, and the chunk's decays. The two
+//             value halves of a head form a cluster: each loads half of the tokens of Q and K for both (multicast).
+//   scoring   P = decayed lower triangle of Q K^T, and V * to_end as the sum of two 16-bit tiles, one chunk or two
+//   ahead state     (one per 64 value columns) the fp32 state S^T in registers:
+//               O^T = S^T Q^T                        S^T from registers (rounded to 16 bits as an operand)
+//               O^T = O^T * from_start + V^T P^T     leaves through V's place in the ring, by the copy engine
+//               S^T = S^T * whole + (V * to_end)^T K the chunk's part summed apart
+// All operands but S^T are read from shared memory. A chunk that its sequence does not fill is copied by ordinary
+// loads of its valid tokens: tokens past a length must not be read (they may be NaN), which a box cannot express.
+// Stores need no such care: outputs past a length are zeros, and the copy engine writes nothing past T.
 #pragma once
 
 #include <cstddef>
 
-#include "mxc/hopper.cuh"
-#include "prefill_common.cuh"
+#include "mxc/tma.cuh"
+#include "sm90_tiles.cuh"
 
 namespace mxc {
 
-template <class Element, int kSplits>
+struct PrefillSm90Args {
+    PrefillArgs prefill;
+    TensorMap q, k, v, out;  // of [B, T, H, 128], coordinates (column, head, token, sequence), boxes of 64 columns
+};
+
+// Which kernel of this file: the walk over all chunks with value halves apart or in clusters, or the segments' sums.
+enum class Sm90Form { kApart, kCluster, kSummary };
+
+template <class Element, int kSplits, Sm90Form kForm>
 struct PrefillSm90 {
-    using Args = PrefillArgs;
+    using Args = PrefillSm90Args;
+    using Tiles = Sm90Tiles<Element>;
+    static constexpr bool kSummary = kForm == Sm90Form::kSummary;
+    static constexpr int kCluster = kForm == Sm90Form::kCluster ? 2 : 1;
+    static_assert(kCluster == 1 || kSplits == 2, "a cluster is the value halves of one head");
     static constexpr int kDim = 128;
     static constexpr int kChunk = kLightningChunk;
     static constexpr int kValues = kDim / kSplits;
-    static constexpr int kGroups = kValues / 64;  // computing warpgroups
-    static constexpr int kLoaders = 64;           // threads that load
-    static constexpr int kThreads = kGroups * 128 + kLoaders;
+    static constexpr int kGroups = kValues / 64;  // state warpgroups
+    static constexpr int kThreads = (2 + kGroups) * 128;
     static constexpr int kMinBlocks = 1;
-    static constexpr int kScoreColumns = kChunk / kGroups;  // of P, made by one warpgroup
 
-    static constexpr int kStages = 4;
-    // A stage is announced when this many later ones have been started. A computing group needs chunk c + 1 before it
-    // releases c, and the loader starts c + 3 only after c - 1 is released: kStages >= kBehind + 2 keeps both going.
-    static constexpr int kBehind = 2;
-    static_assert(kStages >= kBehind + 2, "the ring would wait for itself");
+    // Registers of a thread after reallocation; together no more than all have at the start.
+    static constexpr int kLoadRegisters = 40;
+    static constexpr int kScoreRegisters = kGroups == 1 ? 216 : 104;
+    static constexpr int kStateRegisters = kGroups == 1 ? 240 : 184;
+    static_assert(kLoadRegisters + kScoreRegisters + kGroups * kStateRegisters <=
+                      65536 / kThreads / 8 * 8 * (2 + kGroups),
+                  "an SM has 65,536 registers");
 
-    static constexpr uint32_t kTileBytes = kChunk * kSwizzleRowBytes;  // 64 tokens x 64 columns
+    static constexpr uint32_t kTile = Tiles::kBytes;  // 64 tokens x 64 columns
+    static constexpr int kStages = kSummary || kGroups == 1 ? 4 : 3;
+    static constexpr int kParts = kSummary || kGroups == 1 ? 2 : 1;  // buffers of the decayed values
+    static constexpr int kBoxTokens = kChunk / kCluster;             // of one box of Q or K
+    static constexpr uint32_t kStageBytes = ((kSummary ? 2 : 4) + kGroups) * kTile;
+
     struct Shared {
-        alignas(1024) char q[kStages][2 * kTileBytes];
-        alignas(1024) char k[kStages][2 * kTileBytes];
-        alignas(1024) char v[kStages][kGroups * kTileBytes];
-        alignas(1024) char score[2][kTileBytes];
+        alignas(1024) char q[kSummary ? 1 : kStages][kSummary ? 1024 : 2 * kTile];
+        alignas(1024) char k[kStages][2 * kTile];
+        alignas(1024) char v[kStages][kGroups * kTile];  // later the chunk's output
+        alignas(1024) char score[2][kSummary ? 1024 : kTile];
+        alignas(1024) char high[kParts][kGroups * kTile];  // V * to_end rounded, and the rounded rest
+        alignas(1024) char low[kParts][kGroups * kTile];
         ChunkDecay decay[kStages];
-        DecayTable table;
+        // full: by the loading warp and the copy engine; empty: by the state warps (of the cluster). score, part: made
+        // by the scoring warps, used up by the state warps.
         alignas(8) uint64_t full[kStages];
         uint64_t empty[kStages];
+        uint64_t score_full[2];
+        uint64_t score_empty[2];
+        uint64_t part_full[kParts];
+        uint64_t part_empty[kParts];
     };
     static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // to start at a multiple of 1024
     static_assert(kSharedBytes <= 227 * 1024, "what a CTA of sm_90 may have");
@@ -56,278 +80,285 @@ struct PrefillSm90 {
     static MXC_DEVICE void run(const Args& args, char* memory) {
         Shared& shared = *reinterpret_cast<Shared*>(memory + (1024 - sharedAddress(memory) % 1024) % 1024);
         const int thread = static_cast<int>(threadIdx.x);
-        const PrefillPiece piece(args, kDim, kSplits, args.segments);
+        const PrefillPiece piece(args.prefill, kDim, kSplits, args.prefill.segments - (kSummary ? 1 : 0));
+        const auto base = static_cast<uint32_t>(warpUniform(static_cast<int>(sharedAddress(&shared))));
 
         if (thread == 0) {
+            constexpr int kStateWarps = kGroups * 4;
             for (int stage = 0; stage < kStages; ++stage) {
-                barrierInit(&shared.full[stage], kLoaders);
-                barrierInit(&shared.empty[stage], kGroups * 4);
+                barrierInit(base + Ring::full(stage), 1);
+                barrierInit(base + Ring::empty(stage), kStateWarps * kCluster);
+            }
+            for (int i = 0; i < 2; ++i) {
+                barrierInit(base + Ring::scoreFull(i), 4);
+                barrierInit(base + Ring::scoreEmpty(i), kStateWarps);
+            }
+            for (int i = 0; i < kParts; ++i) {
+                barrierInit(base + Ring::partFull(i), 4);
+                barrierInit(base + Ring::partEmpty(i), kStateWarps);
             }
             barrierInitFence();
         }
-        if (!piece.perToken()) shared.table.fill(piece.slope, thread, kThreads);
-        syncBlock();
-
-        if (thread >= kGroups * 128) {
-            loadChunks(args, shared, piece, thread - kGroups * 128);
+        syncAll();
+        const int group = warpUniform(thread / 128), warp = warpUniform(thread % 128 / 32), lane = thread % 32;
+        if (group == 0) {
+            giveRegistersBack<kLoadRegisters>();
+            if (warp == 0) load(args, shared, base, piece, lane);
+        } else if (group == 1) {
+            if constexpr (kGroups == 1) {
+                takeRegisters<kScoreRegisters>();
+            } else {
+                giveRegistersBack<kScoreRegisters>();
+            }
+            score(args.prefill, shared, base, piece, warp, lane);
         } else {
-            compute(args, shared, piece, thread / 128, thread % 128 / 32, thread % 32);
+            takeRegisters<kStateRegisters>();
+            walk(args, base, piece, group - 2, warp, lane);
         }
+        if (kCluster > 1) syncCluster();  // a CTA's memory must outlive what the other one sends there
     }
 
   private:
-    // Starts the copy of a chunk's columns (64 per tile); rows past `valid` become zeros and are not read.
-    template <int kTiles>
-    static MXC_DEVICE void fetchTiles(uint32_t to, const uint16_t* rows, int64_t row_stride, int valid, int thread) {
-        constexpr int kPieces = kTiles * 8;        // 16-byte pieces of a row
-        constexpr int kRows = kLoaders / kPieces;  // copied at once
-        static_assert(kRows % 4 == 0, "a thread's rows swizzle in one or two ways");
-        const int first = thread / kPieces, piece = thread % kPieces;
-        const uint32_t tile = to + static_cast<uint32_t>(piece / 8) * kTileBytes;
-        const uint32_t even = tile + swizzledOffset(first, piece % 8);
-        const uint32_t odd = tile + swizzledOffset(first + kRows, piece % 8) - kRows * kSwizzleRowBytes;
-        const uint16_t* from = rows + piece * 8 + (first < valid ? first * row_stride : 0);
-#pragma unroll 4
-        for (int row = 0; row < kChunk; row += kRows) {
-            copyAsync16((row / kRows % 2 == 0 ? even : odd) + static_cast<uint32_t>(row) * kSwizzleRowBytes, from,
-                        first + row < valid);
-            if (first + row + kRows < valid) from += kRows * row_stride;  // an absent row is not read
+    // Offsets in Shared.
+    struct Ring {
+        template <size_t kOffset, uint32_t kBytes>
+        static MXC_DEVICE uint32_t entry(int index) {
+            return static_cast<uint32_t>(kOffset) + static_cast<uint32_t>(index) * kBytes;
+        }
+        static MXC_DEVICE uint32_t q(int stage) { return entry<offsetof(Shared, q), sizeof(Shared::q[0])>(stage); }
+        static MXC_DEVICE uint32_t k(int stage) { return entry<offsetof(Shared, k), 2 * kTile>(stage); }
+        static MXC_DEVICE uint32_t v(int stage) { return entry<offsetof(Shared, v), kGroups * kTile>(stage); }
+        static MXC_DEVICE uint32_t decay(int stage) {
+            return entry<offsetof(Shared, decay), sizeof(ChunkDecay)>(stage);
+        }
+        static MXC_DEVICE uint32_t score(int chunk) { return entry<offsetof(Shared, score), kTile>(chunk % 2); }
+        static MXC_DEVICE uint32_t high(int chunk) {
+            return entry<offsetof(Shared, high), kGroups * kTile>(chunk % kParts);
+        }
+        static MXC_DEVICE uint32_t low(int chunk) {
+            return entry<offsetof(Shared, low), kGroups * kTile>(chunk % kParts);
+        }
+        static MXC_DEVICE uint32_t full(int chunk) { return entry<offsetof(Shared, full), 8>(chunk % kStages); }
+        static MXC_DEVICE uint32_t empty(int chunk) { return entry<offsetof(Shared, empty), 8>(chunk % kStages); }
+        static MXC_DEVICE uint32_t scoreFull(int chunk) { return entry<offsetof(Shared, score_full), 8>(chunk % 2); }
+        static MXC_DEVICE uint32_t scoreEmpty(int chunk) { return entry<offsetof(Shared, score_empty), 8>(chunk % 2); }
+        static MXC_DEVICE uint32_t partFull(int chunk) { return entry<offsetof(Shared, part_full), 8>(chunk % kParts); }
+        static MXC_DEVICE uint32_t partEmpty(int chunk) {
+            return entry<offsetof(Shared, part_empty), 8>(chunk % kParts);
+        }
+    };
+
+    static MXC_DEVICE void syncAll() {
+        if (kCluster > 1) {
+            syncCluster();
+        } else {
+            syncBlock();
+        }
+    }
+    // Waits until the chunk's entry of a ring of `size` is filled ...
+    static MXC_DEVICE void waitFilled(uint32_t barrier, int chunk, int size) { barrierWait(barrier, chunk / size & 1); }
+    // ... or, before it is filled, until its last use (by chunk - size) is over.
+    static MXC_DEVICE void waitFree(uint32_t barrier, int chunk, int size) {
+        if (chunk >= size) barrierWait(barrier, (chunk / size - 1) & 1);
+    }
+    // One arrival for the whole warp, after all its lanes' accesses.
+    static MXC_DEVICE void arriveWarp(uint32_t barrier, int lane) {
+        syncWarp();
+        if (lane == 0) barrierArrive(barrier);
+    }
+
+    // ---- loading
+
+    static MXC_DEVICE void loadBoxes(const Args& args, uint32_t base, const PrefillPiece& piece, int chunk) {
+        const int stage = chunk % kStages, head = piece.head, batch = piece.batch;
+        const uint32_t barrier = base + Ring::full(stage);
+        barrierExpect(barrier, kStageBytes);
+        const int first = kCluster > 1 ? piece.split * kBoxTokens : 0;  // this CTA's tokens of the shared tiles
+        const int token = static_cast<int>(piece.first_token) + chunk * kChunk;
+        const uint32_t rows = base + static_cast<uint32_t>(first) * kSwizzleRowBytes;
+        for (int tile = 0; tile < 2; ++tile) {
+            const uint32_t q = rows + Ring::q(stage) + static_cast<uint32_t>(tile) * kTile,
+                           k = rows + Ring::k(stage) + static_cast<uint32_t>(tile) * kTile;
+            if constexpr (kCluster > 1) {
+                copyBoxMulticast(k, args.k, barrier, 3, tile * 64, head, token + first, batch);
+                copyBoxMulticast(q, args.q, barrier, 3, tile * 64, head, token + first, batch);
+            } else {
+                copyBox(k, args.k, barrier, tile * 64, head, token, batch);
+                if constexpr (!kSummary) copyBox(q, args.q, barrier, tile * 64, head, token, batch);
+            }
+        }
+        for (int tile = 0; tile < kGroups; ++tile) {
+            copyBox(base + Ring::v(stage) + static_cast<uint32_t>(tile) * kTile, args.v, barrier,
+                    piece.split * kValues + tile * 64, head, token, batch);
         }
     }
 
-    static MXC_DEVICE void announce(Shared& shared, int chunk) {
-        fenceAsyncShared();
-        barrierArrive(&shared.full[chunk % kStages]);
+    // 64 columns per tile; rows past `valid` become zeros and are not read.
+    static MXC_DEVICE void loadRows(uint32_t to, const uint16_t* rows, int64_t row_stride, int tiles, int valid,
+                                    int lane) {
+#pragma unroll 1
+        for (int i = lane; i < kChunk * tiles * 8; i += 32) {
+            const int piece = i % 8, row = i / 8 % kChunk, tile = i / 8 / kChunk;
+            copyAsync16(to + static_cast<uint32_t>(tile) * kTile + swizzledOffset(row, piece),
+                        rows + (row < valid ? row * row_stride : 0) + tile * 64 + piece * 8, row < valid);
+        }
     }
 
-    static MXC_DEVICE void loadChunks(const Args& args, Shared& shared, const PrefillPiece& piece, int thread) {
-        const uint16_t* q = args.q + piece.first_row * kDim;
-        const uint16_t* k = args.k + piece.first_row * kDim;
-        const uint16_t* v = args.v + piece.first_row * kDim + piece.split * kValues;
-        const uint32_t q_tiles = sharedAddress(shared.q), k_tiles = sharedAddress(shared.k),
-                       v_tiles = sharedAddress(shared.v);
-        const int64_t chunk_stride = kChunk * piece.row_stride;
-        const bool decays = thread < 32;
+    static MXC_DEVICE void load(const Args& args, Shared& shared, uint32_t base, const PrefillPiece& piece, int lane) {
+        const PrefillArgs& prefill = args.prefill;
         DecayReader reader;
 #pragma unroll 1
         for (int chunk = 0; chunk < piece.chunks; ++chunk) {
             const int stage = chunk % kStages, valid = piece.validOf(chunk);
-            if (decays && piece.perToken()) {
-                reader.fetch(piece.log_decay + static_cast<int64_t>(chunk) * kChunk * args.heads, args.heads, valid);
+            if (piece.perToken()) {  // ahead of its use
+                reader.fetch(piece.log_decay + static_cast<int64_t>(chunk) * kChunk * prefill.heads, prefill.heads,
+                             valid);
             }
-            if (chunk >= kStages) barrierWait(&shared.empty[stage], (chunk / kStages - 1) & 1);
-            fetchTiles<2>(q_tiles + static_cast<uint32_t>(stage) * 2 * kTileBytes, q, piece.row_stride, valid, thread);
-            fetchTiles<2>(k_tiles + static_cast<uint32_t>(stage) * 2 * kTileBytes, k, piece.row_stride, valid, thread);
-            fetchTiles<kGroups>(v_tiles + static_cast<uint32_t>(stage) * kGroups * kTileBytes, v, piece.row_stride,
-                                valid, thread);
-            copyAsyncCommit();
-            q += chunk_stride;
-            k += chunk_stride;
-            v += chunk_stride;
-            if (decays) reader.store(shared.decay[stage], piece.perToken(), piece.slope, args.scale, valid);
-            if (chunk >= kBehind) {
-                copyAsyncWait<kBehind>();
-                announce(shared, chunk - kBehind);
+            waitFree(base + Ring::empty(chunk), chunk, kStages);
+            if (valid == kChunk) {
+                if (lane == 0) loadBoxes(args, base, piece, chunk);
+            } else {
+                const int64_t stride = piece.row_stride;
+                const int64_t first = piece.first_row * kDim + static_cast<int64_t>(chunk) * kChunk * stride;
+                if (!kSummary) loadRows(base + Ring::q(stage), prefill.q + first, stride, 2, valid, lane);
+                loadRows(base + Ring::k(stage), prefill.k + first, stride, 2, valid, lane);
+                loadRows(base + Ring::v(stage), prefill.v + first + piece.split * kValues, stride, kGroups, valid,
+                         lane);
+                copyAsyncCommit();
+                copyAsyncWait<0>();
+                fenceAsyncShared();
             }
-        }
-        copyAsyncWait<0>();
-        for (int chunk = piece.chunks < kBehind ? 0 : piece.chunks - kBehind; chunk < piece.chunks; ++chunk)
-            announce(shared, chunk);
-    }
-
-    // Address of entry `index`, of so many tiles, of the member of Shared at `offset`.
-    static MXC_DEVICE uint32_t tileAt(int base, size_t offset, int index, int tiles) {
-        return static_cast<uint32_t>(base) + static_cast<uint32_t>(offset) +
-               static_cast<uint32_t>(index * tiles) * kTileBytes;
-    }
-
-    // Starts this group's columns of Q K^T of the chunk in `stage`.
-    static MXC_DEVICE void issueScores(float (&p)[kScoreColumns / 8][4], uint32_t q, uint32_t k, int group) {
-        const uint32_t rows = k + static_cast<uint32_t>(group * kScoreColumns) * kSwizzleRowBytes;
-#pragma unroll
-        for (int kt = 0; kt < kDim / 16; ++kt) {
-            const uint32_t along = static_cast<uint32_t>(kt / 4) * kTileBytes + static_cast<uint32_t>(kt % 4) * 32;
-            Wgmma<Element, kScoreColumns>::template fromShared<0>(p, swizzledDescriptor(q + along),
-                                                                  swizzledDescriptor(rows + along), kt > 0);
+            reader.store(shared.decay[stage], piece.perToken(), piece.slope, prefill.scale, valid);
+            arriveWarp(base + Ring::full(chunk), lane);
         }
     }
 
-    // V^T of 16 tokens, this warp's 16 values: tiles (tokens 0-7, values 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15),
-    // transposed.
-    static MXC_DEVICE void loadValues(uint32_t (&values)[4], uint32_t v, int jt, int warp, int lane) {
-        const int token = jt * 16 + lane / 16 * 8 + lane % 8;
-        loadMatrix4Transposed(values, v + swizzledOffset(token, warp * 2 + lane / 8 % 2));
-    }
+    // ---- scoring
 
-    template <bool kPerToken>
-    static MXC_DEVICE void storeScores(const ChunkDecay& decay, const DecayTable& table,
-                                       const float (&p)[kScoreColumns / 8][4], uint32_t score, float scale, int i0,
-                                       int group, int lane) {
-#pragma unroll
-        for (int nt = 0; nt < kScoreColumns / 8; ++nt) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int i = i0 + 8 * half, tile = group * (kScoreColumns / 8) + nt, j = tile * 8 + lane % 4 * 2;
-                const float low = decayedScore<kPerToken>(decay, table, p[nt][2 * half], scale, i, j);
-                const float high = decayedScore<kPerToken>(decay, table, p[nt][2 * half + 1], scale, i, j + 1);
-                storeShared32(score + swizzledOffset(i, tile) + static_cast<uint32_t>(lane % 4 * 4),
-                              pack<Element>(low, high));
-            }
-        }
-    }
-
-    static MXC_DEVICE void compute(const Args& args, Shared& shared, const PrefillPiece& piece, int group, int warp,
-                                   int lane) {
-        const int value0 = piece.split * kValues + group * 64 + warp * 16;
-        int base = static_cast<int>(sharedAddress(&shared));
-        uint16_t* out = args.out + piece.first_row * kDim + value0;
+    static MXC_DEVICE void score(const PrefillArgs& args, Shared& shared, uint32_t base, const PrefillPiece& piece,
+                                 int warp, int lane) {
+        const int i0 = warp * 16 + lane / 4, j0 = lane % 4 * 2;
         const bool per_token = piece.perToken();
-
-        float state[kDim / 8][4];
-        loadState<kDim>(state, piece.initialState(args, kDim * kDim), value0);
-        float p[kScoreColumns / 8][4];
-        if (piece.chunks > 0) {
-            barrierWait(&shared.full[0], 0);
-            wgmmaFence();
-            issueScores(p, tileAt(base, offsetof(Shared, q), 0, 2), tileAt(base, offsetof(Shared, k), 0, 2), group);
-            wgmmaCommit();
-            wgmmaWait<0>();
-            pinRegisters(p);
-        }
+        float factor[8][4];
+        if (!kSummary && !per_token) Tiles::scoreFactors(factor, piece.slope, args.scale, i0, j0);
 #pragma unroll 1
         for (int chunk = 0; chunk < piece.chunks; ++chunk) {
-            // What hangs on these is made anew in each chunk; kept from chunk to chunk it would fill the registers.
-            pinRegister(lane);
-            pinRegister(base);
-            const int stage = chunk % kStages, token0 = chunk * kChunk;
+            const int stage = chunk % kStages;
             const ChunkDecay& decay = shared.decay[stage];
-            const uint32_t q = tileAt(base, offsetof(Shared, q), stage, 2),
-                           k = tileAt(base, offsetof(Shared, k), stage, 2);
-            const uint32_t v =
-                tileAt(base, offsetof(Shared, v), stage, kGroups) + static_cast<uint32_t>(group) * kTileBytes;
-            const uint32_t score = tileAt(base, offsetof(Shared, score), chunk % 2, 1);
-
-            // P: decay, round, to shared memory
-            if (per_token) {
-                storeScores<true>(decay, shared.table, p, score, args.scale, warp * 16 + lane / 4, group, lane);
-            } else {
-                storeScores<false>(decay, shared.table, p, score, args.scale, warp * 16 + lane / 4, group, lane);
+            waitFilled(base + Ring::full(chunk), chunk, kStages);
+            if constexpr (!kSummary) {
+                float p[8][4];
+                Tiles::issueScores(p, base + Ring::q(stage), base + Ring::k(stage));
+                wgmmaWait<0>();
+                pinRegisters(p);
+                if (per_token) {
+                    Tiles::template decayScores<true>(p, factor, decay, args.scale, i0, j0);
+                } else {
+                    Tiles::template decayScores<false>(p, factor, decay, args.scale, i0, j0);
+                }
+                waitFree(base + Ring::scoreEmpty(chunk), chunk, 2);
+                Tiles::storeScores(p, base + Ring::score(chunk), warp, lane);
+                fenceAsyncShared();
+                arriveWarp(base + Ring::scoreFull(chunk), lane);
             }
+            waitFree(base + Ring::partEmpty(chunk), chunk, kParts);
+            Tiles::template splitValues<kGroups>(base + Ring::v(stage), base + Ring::high(chunk),
+                                                 base + Ring::low(chunk), decay, warp * 32 + lane);
             fenceAsyncShared();
+            arriveWarp(base + Ring::partFull(chunk), lane);
+        }
+    }
 
-            // O^T = S^T Q^T, while the other warps write their P
-            float o[kChunk / 8][4];
-            {
-                uint32_t a[kDim / 16][4];
+    // ---- state
+
+    // This warpgroup's output (its products have just been waited for), through V's place.
+    static MXC_DEVICE void sendOutput(const Args& args, float (&o)[8][4], uint32_t v, const PrefillPiece& piece,
+                                      int chunk, int group, int warp, int lane) {
+        Tiles::clearPastLength(o, piece.validOf(chunk), lane);
+        syncThreads(1 + group, 128);  // V's readers are done in all warps
+        Tiles::storeOutput(o, v, warp, lane);
+        fenceAsyncShared();
+        syncThreads(1 + group, 128);
+        if (warp == 0 && lane == 0) {
+            storeBox(args.out, v, piece.split * kValues + group * 64, piece.head,
+                     static_cast<int>(piece.first_token) + chunk * kChunk, piece.batch);
+            storeBoxCommit();
+        }
+    }
+
+    static MXC_DEVICE void walk(const Args& args, uint32_t base, const PrefillPiece& piece, int group, int warp,
+                                int lane) {
+        const PrefillArgs& prefill = args.prefill;
+        const uint32_t tile = static_cast<uint32_t>(group) * kTile;
+        const int value0 = piece.split * kValues + group * 64 + warp * 16;
+        float state[kDim / 8][4];
+        loadState<kDim>(state, kSummary ? nullptr : piece.initialState(prefill, kDim * kDim), value0);
+        float total_log = 0.0f;
+#pragma unroll 1
+        for (int chunk = 0; chunk < piece.chunks; ++chunk) {
+            pinRegister(lane);  // what hangs on it is made anew in each chunk; kept it would fill the registers
+            const int stage = chunk % kStages;
+            const uint32_t v = base + Ring::v(stage) + tile, decay = base + Ring::decay(stage);
+            float o[8][4];
+            waitFilled(base + Ring::full(chunk), chunk, kStages);
+            if constexpr (!kSummary) {
+                Tiles::issueReadOut(o, state, base + Ring::q(stage));
+                float2 from_start[8];
 #pragma unroll
-                for (int kt = 0; kt < kDim / 16; ++kt) {
-                    a[kt][0] = pack<Element>(state[2 * kt][0], state[2 * kt][1]);
-                    a[kt][1] = pack<Element>(state[2 * kt][2], state[2 * kt][3]);
-                    a[kt][2] = pack<Element>(state[2 * kt + 1][0], state[2 * kt + 1][1]);
-                    a[kt][3] = pack<Element>(state[2 * kt + 1][2], state[2 * kt + 1][3]);
+                for (int nt = 0; nt < 8; ++nt) {
+                    from_start[nt] = loadSharedFloat2(decay + offsetof(ChunkDecay, from_start) +
+                                                      static_cast<uint32_t>(nt * 32 + lane % 4 * 8));
                 }
-                wgmmaFence();
+                waitFilled(base + Ring::scoreFull(chunk), chunk, 2);
+                wgmmaWait<0>();
+                pinRegisters(o);
 #pragma unroll
-                for (int kt = 0; kt < kDim / 16; ++kt) {
-                    const uint32_t along =
-                        static_cast<uint32_t>(kt / 4) * kTileBytes + static_cast<uint32_t>(kt % 4) * 32;
-                    Wgmma<Element, kChunk>::template fromRegisters<0>(o, a[kt], swizzledDescriptor(q + along), kt > 0);
+                for (int nt = 0; nt < 8; ++nt) {
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) o[nt][r] *= r % 2 == 0 ? from_start[nt].x : from_start[nt].y;
                 }
-                wgmmaCommit();
+                pinRegisters(o);
+                Tiles::issueValues(o, v, base + Ring::score(chunk));
             }
-            syncThreads(1, kGroups * 128);
-
+            waitFilled(base + Ring::partFull(chunk), chunk, kParts);  // from here on the scoring group needs V no more
+            float added[kDim / 8][4];
+            Tiles::issueUpdate(added, base + Ring::high(chunk) + tile, base + Ring::low(chunk) + tile,
+                               base + Ring::k(stage));
+            const float whole = loadSharedFloat(decay + offsetof(ChunkDecay, whole));
+            if (kSummary) total_log += loadSharedFloat(decay + offsetof(ChunkDecay, whole_log));
+            if constexpr (!kSummary) {
+                wgmmaWait<1>();  // the output is there; the update goes on beside its way out
+                pinRegisters(o);
+                arriveWarp(base + Ring::scoreEmpty(chunk), lane);
+                sendOutput(args, o, v, piece, chunk, group, warp, lane);
+            }
             wgmmaWait<0>();
-            pinRegisters(o);
+            pinRegisters(added);
+            arriveWarp(base + Ring::partEmpty(chunk), lane);
 #pragma unroll
-            for (int nt = 0; nt < kChunk / 8; ++nt) {
-                const float low = decay.from_start[nt * 8 + lane % 4 * 2];
-                const float high = decay.from_start[nt * 8 + lane % 4 * 2 + 1];
-                o[nt][0] *= low;
-                o[nt][1] *= high;
-                o[nt][2] *= low;
-                o[nt][3] *= high;
+            for (int nt = 0; nt < kDim / 8; ++nt) {
+#pragma unroll
+                for (int r = 0; r < 4; ++r) state[nt][r] = state[nt][r] * whole + added[nt][r];
             }
-
-            // O^T += V^T P^T
-            uint32_t values[kChunk / 16][4];
-#pragma unroll
-            for (int jt = 0; jt < kChunk / 16; ++jt) loadValues(values[jt], v, jt, warp, lane);
-            pinRegisters(o);
-            wgmmaFence();
-#pragma unroll
-            for (int jt = 0; jt < kChunk / 16; ++jt) {
-                Wgmma<Element, kChunk>::template fromRegisters<0>(
-                    o, values[jt], swizzledDescriptor(score + static_cast<uint32_t>(jt) * 32), 1);
-            }
-            wgmmaCommit();
-            wgmmaWait<0>();
-            pinRegisters(o);
-            storeOutput<Element>(o, out + static_cast<int64_t>(token0) * piece.row_stride, piece.row_stride,
-                                 piece.valid - token0, piece.end_token - static_cast<int>(piece.first_token) - token0);
-
-            // The next chunk's scores, beside what follows. After the last chunk the product is made all the same, of
-            // whatever the ring holds, and not used: products in a branch would be serialised.
-            const int next = (chunk + 1) % kStages;
-            if (chunk + 1 < piece.chunks) barrierWait(&shared.full[next], ((chunk + 1) / kStages) & 1);
-            pinRegisters(p);
-            wgmmaFence();
-            issueScores(p, tileAt(base, offsetof(Shared, q), next, 2), tileAt(base, offsetof(Shared, k), next, 2),
-                        group);
-            wgmmaCommit();
-
-            // S^T = S^T * whole + (V * to_end)^T K
-            // Half of the tokens and half of the keys at a time: products that wait hold their operands in registers,
-            // and where two groups compute (and a quarter of an SM holds three warps) a thread has 168.
-            constexpr int kTokenTiles = kChunk / 32;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                uint32_t high[kTokenTiles][4], low[kTokenTiles][4];
-#pragma unroll
-                for (int jt = 0; jt < kTokenTiles; ++jt) {
-                    uint32_t pairs[4];  // read again, rather than kept beside O
-                    loadValues(pairs, v, half * kTokenTiles + jt, warp, lane);
-#pragma unroll
-                    for (int r = 0; r < 4; ++r) {
-                        const int token = (half * kTokenTiles + jt) * 16 + r / 2 * 8 + lane % 4 * 2;
-                        splitProduct<Element>(pairs[r], decay.to_end[token], decay.to_end[token + 1], high[jt][r],
-                                              low[jt][r]);
-                    }
-                }
-                const float kept = half == 0 ? decay.whole : 1.0f;
-#pragma unroll
-                for (int part = 0; part < 2; ++part) {
-                    float added[8][4];
-                    wgmmaFence();
-#pragma unroll
-                    for (int jt = 0; jt < kTokenTiles; ++jt) {
-                        const uint64_t keys =
-                            swizzledDescriptor(k + static_cast<uint32_t>(part) * kTileBytes +
-                                               static_cast<uint32_t>(half * kTokenTiles + jt) * 2 * kSwizzleAtomBytes);
-                        Wgmma<Element, 64>::template fromRegisters<1>(added, low[jt], keys, jt > 0);
-                        Wgmma<Element, 64>::template fromRegisters<1>(added, high[jt], keys, 1);
-                    }
-                    wgmmaCommit();
-                    wgmmaWait<0>();
-                    pinRegisters(added);
-#pragma unroll
-                    for (int nt = 0; nt < 8; ++nt) {
-#pragma unroll
-                        for (int r = 0; r < 4; ++r) {
-                            state[part * 8 + nt][r] = state[part * 8 + nt][r] * kept + added[nt][r];
-                        }
-                    }
-                }
-            }
-            pinRegisters(p);
+            // The stage is free: its output has left, and the scoring group had done with it before its results came.
+            if (!kSummary && warp == 0 && lane == 0) storeBoxWaitRead();
             syncWarp();
-            if (lane == 0) barrierArrive(&shared.empty[stage]);
+            if constexpr (kCluster > 1) {
+                if (lane < kCluster) barrierArriveAt(base + Ring::empty(chunk), lane);
+            } else {
+                if (lane == 0) barrierArrive(base + Ring::empty(chunk));
+            }
         }
 
-        float* final_state = piece.finalState(args, kDim * kDim);
+        if (kSummary) {
+            storeState<kDim>(state, prefill.segment_states + piece.state_index * (kDim * kDim), value0);
+            if (group == 0 && warp == 0 && lane == 0) prefill.segment_decays[piece.state_index] = expf(total_log);
+            return;
+        }
+        float* final_state = piece.finalState(prefill, kDim * kDim);
         if (final_state != nullptr) storeState<kDim>(state, final_state, value0);
-        clearRest<kValues>(args.out + piece.first_row * kDim + piece.split * kValues, piece,
-                           static_cast<int>(threadIdx.x), kGroups * 128);
+        clearRest<kValues>(prefill.out + piece.first_row * kDim + piece.split * kValues, piece,
+                           (group * 4 + warp) * 32 + lane, kGroups * 128);
     }
 };
 

@@ -54,23 +54,21 @@ struct Arena {
 constexpr size_t kGroupedBytes = size_t{1} << 20;
 
 // Lays out what every path needs, so that the size depends on nothing but shapes and types: whoever reserved the memory
-// need not know which path a launch will take. The sm_90a path's gathered rows die before inner_rows are written, and
-// its gate_up before out_rows are: they share memory.
+// need not know which path a launch will take. The sm_90a path's gathered rows die before out_rows are written: they
+// share memory.
 size_t layOut(const MoeParams& params, int32_t tokens, char* base, MoeArgs& args) noexcept {
     const size_t pairs = static_cast<size_t>(tokens) * static_cast<size_t>(params.top_k);
     const size_t hidden = static_cast<size_t>(params.hidden), inner = static_cast<size_t>(params.inner);
-    const bool sm90 = moeSm90Fits(moeShape(params), 90);
     Arena arena{base};
     args.pair_weight = arena.take<float>(pairs);
     args.pair_expert = arena.take<int32_t>(pairs);
     args.pair_row = arena.take<int32_t>(pairs);
     args.row_token = arena.take<int32_t>(pairs);
     args.offsets = arena.take<int32_t>(static_cast<size_t>(localExperts(params)) + 1);
-    args.inner_rows = arena.take<uint16_t>(pairs * (sm90 ? std::max(inner, hidden) : inner));
-    args.out_rows = arena.take<float>(pairs * (sm90 ? std::max(hidden, inner) : hidden));
-    if (sm90) {
-        args.x_rows = args.inner_rows;
-        args.gate_up = reinterpret_cast<uint16_t*>(args.out_rows);
+    args.inner_rows = arena.take<uint16_t>(pairs * inner);
+    args.out_rows = arena.take<float>(pairs * hidden);
+    if (moeSm90Fits(moeShape(params), 90)) {
+        args.x_rows = reinterpret_cast<uint16_t*>(args.out_rows);
         args.grouped = arena.take<char>(kGroupedBytes);
         args.grouped_bytes = kGroupedBytes;
     }

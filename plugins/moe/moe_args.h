@@ -30,9 +30,8 @@ struct MoeArgs {
     uint16_t* inner_rows = nullptr;  // [R, I] silu(gate) * up
     float* out_rows = nullptr;       // [R, D] what each expert gives, not yet weighted
     // sm_90a only
-    uint16_t* x_rows = nullptr;   // [R, D]; shares the memory of inner_rows, which are written after its last use
-    uint16_t* gate_up = nullptr;  // [R, 2I]; shares the memory of out_rows likewise
-    void* grouped = nullptr;      // argument arrays of the grouped GEMM
+    uint16_t* x_rows = nullptr;  // [R, D]; shares the memory of out_rows, which are written after its last use
+    void* grouped = nullptr;     // argument arrays of the grouped GEMM
     size_t grouped_bytes = 0;
 
     int32_t tokens = 0;

@@ -1,8 +1,7 @@
 // The many-token path of compute capability 9.0: CUTLASS' grouped GEMM with TMA and wgmma (cooperative, 128 x 256 x 64,
 // clusters of two neighbouring column tiles that share the token rows: an expert's odd row tile wastes nothing).
 //
-// fc1's result is rounded to bf16 before SwiGLU (as the PyTorch definition does): within the bound of 4e-3, but less
-// exact than the portable kernels, which apply SwiGLU to the fp32 sums.
+// fc1's epilogue applies SwiGLU to the fp32 sums: an interleaved gate and up are neighbours in one thread's registers.
 #include <cstring>
 #include <type_traits>
 
@@ -19,6 +18,7 @@
 
 #include <cute/tensor.hpp>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/epilogue/collective/detail.hpp>
 #include <cutlass/epilogue/dispatch_policy.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/dispatch_policy.hpp>
@@ -36,6 +36,74 @@ constexpr int kGemmThreads = 384;  // a warpgroup that copies, two that multiply
 
 #if defined(MXC_MOE_CUTLASS)
 
+// In the place of CUTLASS' epilogue without shared memory (DefaultEpilogueArray, whose interface this is).
+template <class Tile>
+class SwigluEpilogue {
+  public:
+    using EpilogueSchedule = cutlass::epilogue::PtrArrayNoSmemWarpSpecialized;
+    using DispatchPolicy = EpilogueSchedule;
+    using ElementOutput = cutlass::bfloat16_t;
+    using ElementAccumulator = float;
+    using ElementCompute = float;
+    using ElementC = void;
+    using ElementD = cutlass::bfloat16_t;
+    using StrideC = cutlass::detail::TagToStrideC_t<cutlass::layout::RowMajor*>;
+    using StrideD = StrideC;
+    using InternalStrideC = cute::remove_pointer_t<StrideC>;
+    using InternalStrideD = InternalStrideC;
+    struct SharedStorage {};
+    struct NoScaling {};  // what the other epilogue calls `thread`
+    struct Arguments {
+        NoScaling thread;
+        const void** unused_c;
+        StrideC unused_stride_c;
+        ElementD** d;
+        StrideD stride_d;
+    };
+    using Params = Arguments;
+
+    template <class Shape>
+    static constexpr Params to_underlying_arguments(const Shape&, const Arguments& arguments, void*) {
+        return arguments;
+    }
+    template <class Shape>
+    static size_t get_workspace_size(const Shape&, const Arguments&, int) {
+        return 0;
+    }
+    template <class Shape>
+    static cutlass::Status initialize_workspace(const Shape&, const Arguments&, void*, cudaStream_t,
+                                                cutlass::CudaHostAdapter* = nullptr) {
+        return cutlass::Status::kSuccess;
+    }
+    template <class Shape>
+    static bool can_implement(const Shape&, const Arguments&) {
+        return true;
+    }
+
+    CUTLASS_HOST_DEVICE explicit SwigluEpilogue(const Params& made) : params(made) {}
+    CUTLASS_DEVICE bool is_source_needed() { return false; }
+
+    template <class Shape, class BlockShape, class BlockCoord, class Engine, class Layout, class TiledMma,
+              class Residue>
+    CUTLASS_DEVICE void operator()(Shape shape, BlockShape block, BlockCoord coord,
+                                   const cute::Tensor<Engine, Layout>& sums, TiledMma mma, Residue, int thread, char*) {
+        using namespace cute;
+        constexpr int kTiles = size<1>(Tile{}) / 8;
+        static_assert(decltype(size(sums))::value == 4 * kTiles, "a thread holds two rows of the tile");
+        const auto [m, n, k, expert] = coord;
+        const Tensor all = make_identity_tensor(make_shape(get<0>(shape), get<1>(shape)));
+        const Tensor tile = local_tile(all, take<0, 2>(block), make_coord(m, n));
+        const auto first = mma.get_thread_slice(thread).partition_C(tile)(0);  // row and column of sums(0)
+        const int lane_column = thread % 4 * 2;
+        storeGated<BFloat16, kTiles>([&](int i) { return sums(i); }, reinterpret_cast<uint16_t*>(params.d[expert]),
+                                     get<0>(params.stride_d[expert]), get<0>(first), get<0>(shape),
+                                     (get<1>(first) - lane_column) / 2, get<1>(shape) / 2);
+    }
+
+  private:
+    Params params;
+};
+
 template <bool kFc1>
 struct GroupedGemm {
     using Element = cutlass::bfloat16_t;
@@ -46,11 +114,13 @@ struct GroupedGemm {
     using Row = cutlass::layout::RowMajor;
     using Column = cutlass::layout::ColumnMajor;
 
-    using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+    using PlainEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
         cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
         cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, Row*, 16 / sizeof(Out), Out, Row*,
         16 / sizeof(Out), cutlass::epilogue::PtrArrayTmaWarpSpecializedCooperative,
         cutlass::epilogue::fusion::LinearCombination<Out, float, void>>::CollectiveOp;
+    using GatedEpilogue = cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<SwigluEpilogue<Tile>>;
+    using Epilogue = std::conditional_t<kFc1, GatedEpilogue, PlainEpilogue>;
     using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
         cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, Row*, 8, Element, Column*, 8, float, Tile,
         Cluster,
@@ -79,8 +149,10 @@ struct GroupedGemm {
         hardware.sm_count = sm_count;
 
         decltype(typename Kernel::Arguments{}.epilogue.thread) fusion;
-        fusion.alpha = 1.0f;
-        fusion.beta = 0.0f;
+        if constexpr (!kFc1) {
+            fusion.alpha = 1.0f;
+            fusion.beta = 0.0f;
+        }
         const typename Kernel::Arguments arguments{
             cutlass::gemm::GemmUniversalMode::kGrouped,
             {experts, reinterpret_cast<typename Problem::UnderlyingProblemShape*>(problem.shapes), nullptr},
@@ -173,7 +245,7 @@ Status multiply(const MoeArgs&, const GroupedProblem&, void (*)(GemmParams), int
 
 Status runMoeSm90(const MoeArgs& args, int32_t sm_count, cudaStream_t stream) noexcept {
     CudaRunner runner{"moe", stream};
-    return runMoeSm90Steps<BFloat16>(args, runner, [&](int product, const GroupedProblem& problem) {
+    return runMoeSm90Steps(args, runner, [&](int product, const GroupedProblem& problem) {
         return product == 0 ? multiply<true>(args, problem, multiplyFc1, sm_count, stream)
                             : multiply<false>(args, problem, multiplyFc2, sm_count, stream);
     });

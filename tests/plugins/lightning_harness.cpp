@@ -1,47 +1,26 @@
 // A C interface over the planner, the launchers' checks and the emulated kernels; built by
 // tests/plugins/lightning_host.py with an ordinary C++ compiler.
-#include <cstdarg>
-#include <cstdio>
-
 #include "lightning/checks.h"
 #include "lightning/dispatch.cuh"
+#include "mxc_harness.h"
 
 namespace {
 
-thread_local char text[512] = "";
-
-struct EmulatedRunner {
-    int schedule;
-    template <class Kernel>
-    mxc::Status run(unsigned grid, const typename Kernel::Args& args) {
-        try {
-            mxc::emu::launch<Kernel>(grid, args, schedule);
-        } catch (const std::exception& error) {
-            return mxc::fail(mxc::Status::kCuda, "%s", error.what());
-        }
+struct HopperRunner : mxc::EmulatedRunner {
+    // As Sm90Runner::rowMap in plugins/lightning/lightning_prefill_sm90.cu.
+    mxc::Status rowMap(mxc::TensorMap& map, const uint16_t* rows, const mxc::LightningParams& params, int tokens) {
+        const int64_t row = 2 * 128, token = row * params.heads;
+        map = {reinterpret_cast<char*>(const_cast<uint16_t*>(rows)),
+               {128, params.heads, params.tokens, params.batch},
+               {2, row, token, token * params.tokens},
+               {64, 1, tokens, 1}};
         return mxc::Status::kOk;
     }
 };
 
 }  // namespace
 
-namespace mxc {
-
-const char* lastError() noexcept { return text; }
-
-Status fail(Status status, const char* format, ...) noexcept {
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
-    va_end(args);
-    return status;
-}
-
-}  // namespace mxc
-
 extern "C" {
-
-const char* host_last_error() { return text; }
 
 void host_plan(int batch, int tokens, int heads, int head_dim, int sm_count, int capability, int* out4) {
     const mxc::LightningPlan plan = mxc::planLightningPrefill(batch, tokens, heads, head_dim, sm_count, capability);
@@ -78,19 +57,20 @@ int host_check_plan(const mxc::LightningParams* params, const int* plan4, int ca
 int host_prefill(const mxc::LightningParams* params, const int* plan4, int schedule) {
     mxc::Status status = mxc::checkLightning(*params, mxc::LightningOp::kPrefill);
     if (status != mxc::Status::kOk) return static_cast<int>(status);
-    EmulatedRunner runner{schedule};
+    mxc::EmulatedRunner runner{schedule};
     if (params->batch == 0 || params->tokens == 0) return static_cast<int>(mxc::runNoTokens(*params, runner));
     const mxc::LightningPlan plan{plan4[0], plan4[1], plan4[2], plan4[3]};
     status = mxc::checkLightningPlan(*params, plan, 90);
     if (status != mxc::Status::kOk) return static_cast<int>(status);
-    return static_cast<int>(plan.kernel == 1 ? mxc::runPrefillSm90(*params, plan, runner, runner)
+    HopperRunner hopper{{schedule}};
+    return static_cast<int>(plan.kernel != 0 ? mxc::runPrefillSm90(*params, plan, runner, hopper)
                                              : mxc::runPrefillPortable(*params, plan, runner));
 }
 
 int host_decode(const mxc::LightningParams* params, int splits, int schedule) {
     const mxc::Status status = mxc::checkLightning(*params, mxc::LightningOp::kDecode);
     if (status != mxc::Status::kOk) return static_cast<int>(status);
-    EmulatedRunner runner{schedule};
+    mxc::EmulatedRunner runner{schedule};
     if (params->batch == 0 || params->tokens == 0) return static_cast<int>(mxc::runNoTokens(*params, runner));
     return static_cast<int>(mxc::runDecode(*params, splits, runner));
 }

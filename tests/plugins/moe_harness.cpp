@@ -1,35 +1,60 @@
 // A C interface over the planner, the launcher's checks and the emulated kernels; built by tests/plugins/moe_host.py
 // with an ordinary C++ compiler.
-#include <cstdarg>
-#include <cstdio>
+#include <vector>
 
 #include "moe/checks.h"
 #include "moe/run.cuh"
 #include "moe/sm90_steps.cuh"
+#include "mxc_harness.h"
 
 namespace {
 
-thread_local char text[512] = "";
-
-struct EmulatedRunner {
-    int schedule;
-    template <class Kernel>
-    mxc::Status run(unsigned grid, const typename Kernel::Args& args) {
-        try {
-            mxc::emu::launch<Kernel>(grid, args, schedule);
-        } catch (const std::exception& error) {
-            return mxc::fail(mxc::Status::kCuda, "%s", error.what());
-        }
-        return mxc::Status::kOk;
+// One warp of the GEMM's epilogue: 16 rows and 256 columns of the sums, NaN outside the matrix.
+struct GatedTile {
+    struct Args {
+        const float* sums;
+        uint16_t* out;
+        int64_t stride;
+        int rows, columns;
+        int blocks() const { return (columns + 255) / 256; }
+    };
+    static constexpr int kThreads = 32;
+    static constexpr int kSharedBytes = 0;
+    static void run(const Args& args, char*) {
+        const int block = static_cast<int>(blockIdx.x), lane = static_cast<int>(threadIdx.x);
+        const int row0 = block / args.blocks() * 16 + lane / 4, column0 = block % args.blocks() * 256;
+        const auto sum = [&](int i) {
+            const int row = row0 + 8 * (i % 4 / 2), column = column0 + i / 4 * 8 + lane % 4 * 2 + i % 2;
+            return row < args.rows && column < args.columns
+                       ? args.sums[static_cast<int64_t>(row) * args.columns + column]
+                       : NAN;
+        };
+        mxc::storeGated<mxc::BFloat16, 32>(sum, args.out, args.stride, row0, args.rows, column0 / 2, args.columns / 2);
     }
-    // The steps around the sm_90a path's GEMMs are emulated; the GEMMs, which are CUTLASS', are plain loops here.
+};
+
+struct MoeRunner : mxc::EmulatedRunner {
+    // The steps around the sm_90a path's GEMMs and fc1's epilogue are emulated; the GEMMs, which are CUTLASS', are
+    // plain loops here.
     mxc::Status sm90(const mxc::MoeArgs& args) {
-        return mxc::runMoeSm90Steps<mxc::BFloat16>(args, *this, [&](int product, const mxc::GroupedProblem& problem) {
-            for (int expert = 0; expert < args.local_experts; ++expert) multiply(problem, expert, product == 0);
-            return mxc::Status::kOk;
+        return mxc::runMoeSm90Steps(args, *this, [&](int product, const mxc::GroupedProblem& problem) {
+            mxc::Status status = mxc::Status::kOk;
+            for (int expert = 0; expert < args.local_experts && status == mxc::Status::kOk; ++expert) {
+                const auto shape = problem.shapes[expert];
+                if (product == 1) {
+                    multiply(problem, expert, static_cast<float*>(problem.d[expert]));
+                    continue;
+                }
+                std::vector<float> sums(static_cast<size_t>(shape.m) * static_cast<size_t>(shape.n));
+                multiply(problem, expert, sums.data());
+                const GatedTile::Args tile{sums.data(), static_cast<uint16_t*>(problem.d[expert]),
+                                           problem.stride_d[expert], shape.m, shape.n};
+                status = run<GatedTile>(static_cast<unsigned>((shape.m + 15) / 16 * tile.blocks()), tile);
+            }
+            return status;
         });
     }
-    static void multiply(const mxc::GroupedProblem& problem, int expert, bool round) {
+    static void multiply(const mxc::GroupedProblem& problem, int expert, float* out) {
         const auto shape = problem.shapes[expert];
         const auto* a = static_cast<const uint16_t*>(problem.a[expert]);
         const auto* b = static_cast<const uint16_t*>(problem.b[expert]);
@@ -40,12 +65,7 @@ struct EmulatedRunner {
                     sum += mxc::unpackLow<mxc::BFloat16>(a[m * problem.stride_a[expert] + k]) *
                            mxc::unpackLow<mxc::BFloat16>(b[n * problem.stride_b[expert] + k]);
                 }
-                const int64_t at = m * problem.stride_d[expert] + n;
-                if (round) {
-                    static_cast<uint16_t*>(problem.d[expert])[at] = mxc::roundTo<mxc::BFloat16>(sum);
-                } else {
-                    static_cast<float*>(problem.d[expert])[at] = sum;
-                }
+                out[static_cast<int64_t>(m) * shape.n + n] = sum;
             }
         }
     }
@@ -53,23 +73,8 @@ struct EmulatedRunner {
 
 }  // namespace
 
-namespace mxc {
-
-const char* lastError() noexcept { return text; }
-
-Status fail(Status status, const char* format, ...) noexcept {
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
-    va_end(args);
-    return status;
-}
-
-}  // namespace mxc
-
 extern "C" {
 
-const char* host_last_error() { return text; }
 size_t host_params_bytes() { return sizeof(mxc::MoeParams); }
 
 // path, pieces, piece_tokens, small_route
@@ -110,7 +115,7 @@ int host_moe(const mxc::MoeParams* params, int piece_tokens, int schedule) {
         plan.piece_tokens = piece_tokens;
         plan.pieces = (params->tokens + piece_tokens - 1) / piece_tokens;
     }
-    EmulatedRunner runner{schedule};
+    MoeRunner runner{{schedule}};
     return static_cast<int>(mxc::runMoe(*params, plan, runner));
 }
 
@@ -125,7 +130,7 @@ int host_route(const mxc::MoeParams* params, int small, int schedule, float* pai
     args.pair_row = pair_row;
     args.row_token = row_token;
     args.offsets = offsets;
-    EmulatedRunner runner{schedule};
+    MoeRunner runner{{schedule}};
     return static_cast<int>(mxc::runMoeRoute(args, small != 0, runner));
 }
 }

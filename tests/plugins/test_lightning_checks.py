@@ -107,7 +107,7 @@ def plan_status(params, plan4, capability=90):
     ("plan4", "capability", "code", "words"),
     [
         ((0, 1, 1, 2), 75, host.ARCHITECTURE, "7.5 is too old"),
-        ((2, 1, 1, 2), 90, host.INVALID, "plan.kernel 2"),
+        ((3, 1, 1, 2), 90, host.INVALID, "plan.kernel 3"),
         ((1, 1, 1, 2), 80, host.ARCHITECTURE, "9.0"),
         ((1, 1, 1, 2), 120, host.ARCHITECTURE, "9.0"),
         ((0, 3, 1, 2), 90, host.INVALID, "3 value splits"),

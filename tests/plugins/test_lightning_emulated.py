@@ -52,12 +52,12 @@ def test_prefill_at_the_sensitive_lengths(tokens, layer):
         check(make_case(rng, 1, tokens, 2, 128, layer=layer), plan_for(name, tokens))
 
 
-@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("form", [(1, 1), (1, 2), (2, 2)])  # whole heads; value halves in a cluster; apart
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 127, 500, 1000])
-def test_sm90_prefill_at_the_sensitive_lengths(tokens, splits):
+def test_sm90_prefill_at_the_sensitive_lengths(tokens, form):
     rng = np.random.default_rng(tokens)
-    for layer in (0, 78):
-        check(make_case(rng, 1, tokens, 1, 128, layer=layer), (1, splits, 1, -(-tokens // 64)))
+    for layer in (0, 40, 78):
+        check(make_case(rng, 1, tokens, 1, 128, layer=layer), (*form, 1, -(-tokens // 64)))
 
 
 @pytest.mark.parametrize("plan4", [(1, 1, 1, 4), (1, 2, 1, 4), (1, 1, 2, 2), (1, 2, 4, 1)])
@@ -81,10 +81,10 @@ def test_sm90_prefill_with_ragged_lengths_slots_and_both_decays(dtype, per_token
 
 
 def test_sm90_every_schedule_gives_the_same_bits():
-    """Products as late as their waits allow, or at once; warps in several orders; six chunks, so that the ring of four turns over."""
-    case = make_case(np.random.default_rng(19), 1, 380, 1, 128, per_token=True, lengths=[370])
-    for splits in (1, 2):
-        results = [host.run(case, (1, splits, 1, 6), schedule=schedule) for schedule in range(6)]
+    """Copies and products as late as their waits allow, or at once; warps in several orders; nine chunks, so that rings turn over."""
+    case = make_case(np.random.default_rng(19), 1, 570, 1, 128, per_token=True, lengths=[560])
+    for plan4 in ((1, 1, 1, 9), (1, 2, 1, 9), (2, 2, 1, 9), (1, 1, 2, 5)):
+        results = [host.run(case, plan4, schedule=schedule) for schedule in (0, 1, 2, 3, 5, 9)]
         for out, state in results[1:]:
             np.testing.assert_array_equal(out, results[0][0])
             np.testing.assert_array_equal(state, results[0][1])
@@ -93,10 +93,18 @@ def test_sm90_every_schedule_gives_the_same_bits():
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 40, 78])
 def test_prefill_of_4096_tokens(layer):
-    case = make_case(np.random.default_rng(layer), 1, 4096, 2, 128, layer=layer)
-    check(case, (0, 1, 1, 64))
-    check(case, (0, 1, 7, 10))
-    check(case, (1, 1, 1, 64))
+    case = make_case(np.random.default_rng(layer), 1, 4096, 1, 128, layer=layer)
+    for plan4 in ((0, 1, 1, 64), (0, 1, 7, 10), (1, 1, 1, 64), (1, 2, 1, 64), (1, 1, 7, 10)):
+        check(case, plan4)
+
+
+def test_sm90_outputs_past_a_length_are_zeros_whatever_their_chunk_holds():
+    case = make_case(np.random.default_rng(20), 1, 130, 1, 128, lengths=[70])
+    case.v[0, 69] = np.inf
+    for plan4 in ((1, 1, 1, 3), (1, 2, 1, 3), (1, 1, 3, 1)):
+        out, _ = host.run(case, plan4)
+        assert not np.isfinite(out[0, 69].astype(np.float32)).all()
+        assert (out[0, 70:].astype(np.float32) == 0).all()
 
 
 @pytest.mark.parametrize("name", list(PLANS))

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 OUT_BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}
 STATE_BOUND = 2e-4
-KERNELS = ["portable", "sm90"]
+KERNELS = ["portable", "sm90", "sm90-apart"]  # LightningPlan.kernel 0, 1, 2
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,11 +28,13 @@ def _device(kernel_library):
 
 def plan_of(kernel: str, mode: str, tokens: int) -> LightningPlan:
     """A plan of that kernel with that split, or a skip."""
-    if kernel == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+    if kernel != "portable" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the sm_90a kernel needs compute capability 9.0")
+    if kernel == "sm90-apart" and "values" not in mode:
+        pytest.skip("differs from sm90 in value halves only")
     chunks = -(-tokens // 64)
     plan = LightningPlan(
-        kernel=int(kernel == "sm90"), value_splits=2 if "values" in mode else 1, segments=1, segment_chunks=chunks
+        kernel=KERNELS.index(kernel), value_splits=2 if "values" in mode else 1, segments=1, segment_chunks=chunks
     )
     if "segments" in mode:
         plan.segment_chunks = max(1, -(-chunks // 5))
@@ -173,6 +175,18 @@ def test_no_tokens_carry_the_states_over(kernel_library):
         _, state = run(kernel_library, inputs, LightningPlan(segments=1, value_splits=1), decode=decode)
         assert torch.equal(state[[0, 2]], inputs.state[[0, 2]])
         assert state[1].isnan().all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mode", ["plain", "values", "segments"])
+def test_prefill_memory_clean(kernel_library, mode, kernel):
+    """Small enough for compute-sanitizer; full chunks, a cut one and an empty row."""
+    inputs = make_inputs(3, 200, 2, lengths=[200, 0, 130])
+    check(kernel_library, inputs, plan_of(kernel, mode, 200))
+
+
+def test_decode_memory_clean(kernel_library):
+    check(kernel_library, make_inputs(3, 1, 2), decode=True)
 
 
 def test_launches_can_be_captured_in_a_graph(kernel_library):

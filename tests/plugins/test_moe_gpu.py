@@ -1,7 +1,7 @@
 """The mixture-of-experts kernels on a GPU, through the C interface, against fp64.
 
-Bounds (fixed before any run): bf16 4e-3 relative RMS (the result and silu(gate) * up are rounded once each, 2.4e-3; on the sm_90a
-path gate and up too, 3.5e-3), fp16 an eighth of the portable paths', 5e-4. int8 against the dequantised weights.
+Bounds (fixed before any run): bf16 4e-3 relative RMS (the result and silu(gate) * up are rounded once each, 2.4e-3), fp16 an eighth
+of that, 5e-4. int8 against the dequantised weights.
 """
 
 from __future__ import annotations

@@ -20,11 +20,15 @@ MXC_DEVICE uint32_t swizzledOffset(int row, int piece) {
 // Matrix descriptor of a tile that starts (with the k offset in it) at `address`: 128-byte swizzle, groups of 8 rows
 // 1024 bytes apart. One descriptor form serves both directions:
 //   rows are the M or N index, k along the row: the next 16 k are 32 bytes further;
-//   rows are the k index ("transposed"), M or N along the row (at most 64): the next 16 k are 2048 bytes further.
-MXC_DEVICE uint64_t swizzledDescriptor(uint32_t address) {
-    constexpr uint64_t kLeading = 1, kStride = kSwizzleAtomBytes >> 4, kLayout128 = 1;
-    return static_cast<uint64_t>((address & 0x3ffffu) >> 4) | kLeading << 16 | kStride << 32 | kLayout128 << 62;
+//   rows are the k index ("transposed"), M or N along the row: the next 16 k are 2048 bytes further, and columns 64 and
+//   up are in a second tile `column_tile_bytes` further.
+MXC_DEVICE uint64_t swizzledDescriptor(uint32_t address, uint32_t column_tile_bytes = 16) {
+    constexpr uint64_t kStride = kSwizzleAtomBytes >> 4, kLayout128 = 1;
+    return static_cast<uint64_t>((address & 0x3ffffu) >> 4) | static_cast<uint64_t>(column_tile_bytes >> 4) << 16 |
+           kStride << 32 | kLayout128 << 62;
 }
+// The same `bytes` further (a multiple of 16). Nothing carries out of the address: shared memory ends before 256 KB.
+MXC_DEVICE uint64_t advanced(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
 
 }  // namespace mxc
 
@@ -32,26 +36,34 @@ MXC_DEVICE uint64_t swizzledDescriptor(uint32_t address) {
 
 namespace mxc {
 
-MXC_DEVICE void barrierInit(uint64_t* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(sharedAddress(barrier)), "r"(arrivals) : "memory");
+// Barriers (8 bytes of shared memory) are named by their addresses.
+MXC_DEVICE void barrierInit(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 // Makes initialised barriers visible to the other threads and the asynchronous units.
 MXC_DEVICE void barrierInitFence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-MXC_DEVICE void barrierArrive(uint64_t* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(sharedAddress(barrier)) : "memory");
+MXC_DEVICE void barrierArrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Waits until the phase of that parity has completed. Something that never comes (a mistake) ends in an error, not in a
-// hang: each try may sleep for about a millisecond at most, so the limit is far beyond any wait of a sound run.
-MXC_DEVICE void barrierWait(uint64_t* barrier, int parity) {
-    const uint32_t address = sharedAddress(barrier);
-    for (uint32_t tries = 0;; ++tries) {
-        uint32_t done;
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                     : "=r"(done)
-                     : "r"(address), "r"(parity)
-                     : "memory");
-        if (done) return;
-        if (tries > (1u << 24)) __trap();
+MXC_DEVICE bool barrierPassed(uint32_t barrier, int parity) {
+    uint32_t done;
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return done != 0;
+}
+// Waits until the phase of that parity has completed. Something that never comes (a mistake) ends in an error after ten
+// seconds, not in a hang: far beyond any wait of a sound run.
+MXC_DEVICE void barrierWait(uint32_t barrier, int parity) {
+    if (barrierPassed(barrier, parity)) return;
+    uint64_t start, now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
+    while (!barrierPassed(barrier, parity)) {
+        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+        // A store to address 0, which ends the kernel with an error. __trap() would be a way out of the loop, and then
+        // ptxas keeps every warpgroup to the registers it had before setmaxnreg (and spills).
+        if (now - start > 10000000000ull) asm volatile("st.global.u32 [%0], %1;" ::"l"(0ull), "r"(0) : "memory");
     }
 }
 // Waits for `threads` threads (a multiple of 32) that name the barrier `id` (1..15).
@@ -60,8 +72,43 @@ MXC_DEVICE void syncThreads(int id, int threads) {
 }
 MXC_DEVICE void syncWarp() { __syncwarp(); }
 
-// Orders this thread's ordinary shared-memory writes before later reads of the matrix units.
+// Orders this thread's ordinary shared-memory accesses before later ones of the matrix units and the copy engine.
 MXC_DEVICE void fenceAsyncShared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Four 8x8 tiles of 16-bit elements, the counterpart of loadMatrix4Transposed and of its plain form.
+MXC_DEVICE void storeMatrix4(uint32_t row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r0), "r"(r1),
+                 "r"(r2), "r"(r3)
+                 : "memory");
+}
+MXC_DEVICE void storeMatrix4Transposed(uint32_t row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r0), "r"(r1),
+                 "r"(r2), "r"(r3)
+                 : "memory");
+}
+MXC_DEVICE float loadSharedFloat(uint32_t address) {
+    float out;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(out) : "r"(address) : "memory");
+    return out;
+}
+MXC_DEVICE float2 loadSharedFloat2(uint32_t address) {
+    float2 out;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(out.x), "=f"(out.y) : "r"(address) : "memory");
+    return out;
+}
+MXC_DEVICE uint4 loadShared128(uint32_t address) {
+    uint4 out;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
+                 : "r"(address)
+                 : "memory");
+    return out;
+}
+MXC_DEVICE void storeShared128(uint32_t address, uint4 value) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+                 "r"(value.w)
+                 : "memory");
+}
 
 // Before the first product, and after ordinary code wrote registers of one.
 MXC_DEVICE void wgmmaFence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -83,142 +130,80 @@ MXC_DEVICE void pinRegisters(float (&d)[kTiles][4]) {
 // The same for one integer: nothing computed from it is kept from before.
 MXC_DEVICE void pinRegister(int& value) { asm volatile("" : "+r"(value)); }
 
-// D[64, N] = A[64, 16] B[16, N] (+ D where keep != 0), fp32 sums, asynchronous. Warp w of the group holds rows
-// 16w..16w+15, each 8 columns of D as mma16816 does, A in registers likewise. kTransposed: B's rows are the k index.
+// D[64, N] = A[64, 16] B[16, N] (+ D where kKeep), fp32 sums, asynchronous. Warp w of the group holds rows
+// 16w..16w+15, each 8 columns of D as mma16816 does, A in registers likewise. kTransposedA, kTransposedB: the rows of
+// that operand's tile are the k index. Without kKeep D is only written, so its registers are free before.
 template <class Element, int kColumns>
 struct Wgmma;
-template <>
-struct Wgmma<BFloat16, 32> {
-    template <int kTransposed>
-    static MXC_DEVICE void fromShared(float (&d)[4][4], uint64_t a, uint64_t b, int keep) {
-        asm volatile(
-            "{.reg .pred p; setp.ne.b32 p, %18, 0; "
-            "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-            "{%0, %1, %2, %3, %4, %5, %6, %7, "
-            "%8, %9, %10, %11, %12, %13, %14, %15}, "
-            "%16, %17, p, 1, 1, 0, %19;}"
-            : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-              "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
-              "+f"(d[3][2]), "+f"(d[3][3])
-            : "l"(a), "l"(b), "r"(keep), "n"(kTransposed));
-    }
-    template <int kTransposed>
-    static MXC_DEVICE void fromRegisters(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, int keep) {
-        asm volatile(
-            "{.reg .pred p; setp.ne.b32 p, %21, 0; "
-            "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-            "{%0, %1, %2, %3, %4, %5, %6, %7, "
-            "%8, %9, %10, %11, %12, %13, %14, %15}, "
-            "{%16, %17, %18, %19}, %20, p, 1, 1, %22;}"
-            : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-              "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
-              "+f"(d[3][2]), "+f"(d[3][3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(kTransposed));
-    }
-};
-template <>
-struct Wgmma<BFloat16, 64> {
-    template <int kTransposed>
-    static MXC_DEVICE void fromShared(float (&d)[8][4], uint64_t a, uint64_t b, int keep) {
-        asm volatile(
-            "{.reg .pred p; setp.ne.b32 p, %34, 0; "
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-            "{%0, %1, %2, %3, %4, %5, %6, %7, "
-            "%8, %9, %10, %11, %12, %13, %14, %15, "
-            "%16, %17, %18, %19, %20, %21, %22, %23, "
-            "%24, %25, %26, %27, %28, %29, %30, %31}, "
-            "%32, %33, p, 1, 1, 0, %35;}"
-            : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-              "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
-              "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]),
-              "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
-              "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-            : "l"(a), "l"(b), "r"(keep), "n"(kTransposed));
-    }
-    template <int kTransposed>
-    static MXC_DEVICE void fromRegisters(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, int keep) {
-        asm volatile(
-            "{.reg .pred p; setp.ne.b32 p, %37, 0; "
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-            "{%0, %1, %2, %3, %4, %5, %6, %7, "
-            "%8, %9, %10, %11, %12, %13, %14, %15, "
-            "%16, %17, %18, %19, %20, %21, %22, %23, "
-            "%24, %25, %26, %27, %28, %29, %30, %31}, "
-            "{%32, %33, %34, %35}, %36, p, 1, 1, %38;}"
-            : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-              "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
-              "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]),
-              "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
-              "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(kTransposed));
-    }
-};
-template <>
-struct Wgmma<Half, 32> {
-    template <int kTransposed>
-    static MXC_DEVICE void fromShared(float (&d)[4][4], uint64_t a, uint64_t b, int keep) {
-        asm volatile(
-            "{.reg .pred p; setp.ne.b32 p, %18, 0; "
-            "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-            "{%0, %1, %2, %3, %4, %5, %6, %7, "
-            "%8, %9, %10, %11, %12, %13, %14, %15}, "
-            "%16, %17, p, 1, 1, 0, %19;}"
-            : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-              "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
-              "+f"(d[3][2]), "+f"(d[3][3])
-            : "l"(a), "l"(b), "r"(keep), "n"(kTransposed));
-    }
-    template <int kTransposed>
-    static MXC_DEVICE void fromRegisters(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, int keep) {
-        asm volatile(
-            "{.reg .pred p; setp.ne.b32 p, %21, 0; "
-            "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-            "{%0, %1, %2, %3, %4, %5, %6, %7, "
-            "%8, %9, %10, %11, %12, %13, %14, %15}, "
-            "{%16, %17, %18, %19}, %20, p, 1, 1, %22;}"
-            : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-              "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
-              "+f"(d[3][2]), "+f"(d[3][3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(kTransposed));
-    }
-};
-template <>
-struct Wgmma<Half, 64> {
-    template <int kTransposed>
-    static MXC_DEVICE void fromShared(float (&d)[8][4], uint64_t a, uint64_t b, int keep) {
-        asm volatile(
-            "{.reg .pred p; setp.ne.b32 p, %34, 0; "
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-            "{%0, %1, %2, %3, %4, %5, %6, %7, "
-            "%8, %9, %10, %11, %12, %13, %14, %15, "
-            "%16, %17, %18, %19, %20, %21, %22, %23, "
-            "%24, %25, %26, %27, %28, %29, %30, %31}, "
-            "%32, %33, p, 1, 1, 0, %35;}"
-            : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-              "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
-              "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]),
-              "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
-              "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-            : "l"(a), "l"(b), "r"(keep), "n"(kTransposed));
-    }
-    template <int kTransposed>
-    static MXC_DEVICE void fromRegisters(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, int keep) {
-        asm volatile(
-            "{.reg .pred p; setp.ne.b32 p, %37, 0; "
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-            "{%0, %1, %2, %3, %4, %5, %6, %7, "
-            "%8, %9, %10, %11, %12, %13, %14, %15, "
-            "%16, %17, %18, %19, %20, %21, %22, %23, "
-            "%24, %25, %26, %27, %28, %29, %30, %31}, "
-            "{%32, %33, %34, %35}, %36, p, 1, 1, %38;}"
-            : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-              "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
-              "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]),
-              "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
-              "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(kTransposed));
-    }
-};
+
+#define MXC_TILE(mode, i) mode(d[i][0]), mode(d[i][1]), mode(d[i][2]), mode(d[i][3])
+#define MXC_TILES_8(mode, i)                                                                                       \
+    MXC_TILE(mode, i), MXC_TILE(mode, i + 1), MXC_TILE(mode, i + 2), MXC_TILE(mode, i + 3), MXC_TILE(mode, i + 4), \
+        MXC_TILE(mode, i + 5), MXC_TILE(mode, i + 6), MXC_TILE(mode, i + 7)
+#define MXC_KEPT "+f"
+#define MXC_FRESH "=f"
+#define MXC_REGISTERS_32                                                     \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MXC_REGISTERS_64                                                               \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define MXC_WGMMA_SHARED(shape, type, list, a, b, keep, ta, tb, ...)                                            \
+    asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" list "}, " a ", " b ", " keep \
+                 ", 1, 1, " ta ", " tb ";"                                                                      \
+                 : __VA_ARGS__                                                                                  \
+                 : "l"(descriptor_a), "l"(descriptor_b), "n"(kTransposedA), "n"(kTransposedB))
+#define MXC_WGMMA(Element, type)                                                                                       \
+    template <>                                                                                                        \
+    struct Wgmma<Element, 64> {                                                                                        \
+        template <int kTransposedA, int kTransposedB, bool kKeep>                                                      \
+        static MXC_DEVICE void fromShared(float (&d)[8][4], uint64_t descriptor_a, uint64_t descriptor_b) {            \
+            if constexpr (kKeep) {                                                                                     \
+                MXC_WGMMA_SHARED("m64n64k16", type, MXC_REGISTERS_32, "%32", "%33", "1", "%34", "%35",                 \
+                                 MXC_TILES_8(MXC_KEPT, 0));                                                            \
+            } else {                                                                                                   \
+                MXC_WGMMA_SHARED("m64n64k16", type, MXC_REGISTERS_32, "%32", "%33", "0", "%34", "%35",                 \
+                                 MXC_TILES_8(MXC_FRESH, 0));                                                           \
+            }                                                                                                          \
+        }                                                                                                              \
+        template <int kTransposedB, bool kKeep>                                                                        \
+        static MXC_DEVICE void fromRegisters(float (&d)[8][4], const uint32_t (&a)[4], uint64_t descriptor_b) {        \
+            if constexpr (kKeep) {                                                                                     \
+                asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" MXC_REGISTERS_32         \
+                             "}, {%32, %33, %34, %35}, %36, 1, 1, 1, %37;"                                             \
+                             : MXC_TILES_8(MXC_KEPT, 0)                                                                \
+                             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor_b), "n"(kTransposedB));      \
+            } else {                                                                                                   \
+                asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" MXC_REGISTERS_32         \
+                             "}, {%32, %33, %34, %35}, %36, 0, 1, 1, %37;"                                             \
+                             : MXC_TILES_8(MXC_FRESH, 0)                                                               \
+                             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor_b), "n"(kTransposedB));      \
+            }                                                                                                          \
+        }                                                                                                              \
+    };                                                                                                                 \
+    template <>                                                                                                        \
+    struct Wgmma<Element, 128> {                                                                                       \
+        template <int kTransposedA, int kTransposedB, bool kKeep>                                                      \
+        static MXC_DEVICE void fromShared(float (&d)[16][4], uint64_t descriptor_a, uint64_t descriptor_b) {           \
+            if constexpr (kKeep) {                                                                                     \
+                MXC_WGMMA_SHARED("m64n128k16", type, MXC_REGISTERS_32 ", " MXC_REGISTERS_64, "%64", "%65", "1", "%66", \
+                                 "%67", MXC_TILES_8(MXC_KEPT, 0), MXC_TILES_8(MXC_KEPT, 8));                           \
+            } else {                                                                                                   \
+                MXC_WGMMA_SHARED("m64n128k16", type, MXC_REGISTERS_32 ", " MXC_REGISTERS_64, "%64", "%65", "0", "%66", \
+                                 "%67", MXC_TILES_8(MXC_FRESH, 0), MXC_TILES_8(MXC_FRESH, 8));                         \
+            }                                                                                                          \
+        }                                                                                                              \
+    };
+MXC_WGMMA(BFloat16, "bf16")
+MXC_WGMMA(Half, "f16")
+#undef MXC_WGMMA
+#undef MXC_WGMMA_SHARED
+#undef MXC_REGISTERS_64
+#undef MXC_REGISTERS_32
+#undef MXC_FRESH
+#undef MXC_KEPT
+#undef MXC_TILES_8
+#undef MXC_TILE
 
 }  // namespace mxc
 

@@ -24,6 +24,16 @@ inline Status cudaFailure(const char* name, const char* what, cudaError_t error)
                 missing ? "the library was not built for this GPU" : cudaGetErrorString(error));
 }
 
+// CTAs of a cluster: Kernel::kCluster where there is one, else 1.
+template <class Kernel, class = void>
+struct ClusterOf {
+    static constexpr unsigned value = 1;
+};
+template <class Kernel>
+struct ClusterOf<Kernel, decltype(static_cast<void>(Kernel::kCluster))> {
+    static constexpr unsigned value = Kernel::kCluster;
+};
+
 struct DeviceFacts {
     int32_t sm_count = 0;
     int32_t compute_capability = 0;  // 10 * major + minor
@@ -65,7 +75,21 @@ struct CudaRunner {
                 return cudaFailure(name, "raising the shared memory limit", error);
             }
         }
-        kernelEntry<Kernel><<<grid, Kernel::kThreads, static_cast<size_t>(Kernel::kSharedBytes), stream>>>(args);
+        if constexpr (ClusterOf<Kernel>::value > 1) {
+            cudaLaunchAttribute cluster;
+            cluster.id = cudaLaunchAttributeClusterDimension;
+            cluster.val.clusterDim = {ClusterOf<Kernel>::value, 1, 1};
+            cudaLaunchConfig_t config = {};
+            config.gridDim = grid;
+            config.blockDim = static_cast<unsigned>(Kernel::kThreads);
+            config.dynamicSmemBytes = static_cast<size_t>(Kernel::kSharedBytes);
+            config.stream = stream;
+            config.attrs = &cluster;
+            config.numAttrs = 1;
+            cudaLaunchKernelEx(&config, kernelEntry<Kernel>, args);
+        } else {
+            kernelEntry<Kernel><<<grid, Kernel::kThreads, static_cast<size_t>(Kernel::kSharedBytes), stream>>>(args);
+        }
         const cudaError_t error = cudaGetLastError();
         return error == cudaSuccess ? Status::kOk : cudaFailure(name, "launch", error);
     }

@@ -6,7 +6,10 @@
 //  numbers;
 //  - shared memory starts as NaN and has guard bytes behind it;
 //  - asynchronous copies land as late as their wait allows (or at once, in other schedules);
+//  - what the matrix units and the copy engine read must have been fenced by the threads that wrote it;
 //  - a barrier that some threads never reach ends with an error, not a hang.
+// The CTAs of a cluster run together: `ranks` blocks of threads, one after the other among the fibers, with as many
+// shared memories.
 // mma adds exact products in double and rounds once to fp32.
 #pragma once
 
@@ -66,13 +69,7 @@ struct Copy {
     void* shared;
     const void* global;
     bool valid;
-    void run() const {
-        if (valid) {
-            memcpy(shared, global, 16);
-        } else {
-            memset(shared, 0, 16);
-        }
-    }
+    void run() const;
 };
 
 struct Fiber {
@@ -84,8 +81,9 @@ struct Fiber {
     State state = kReady;
     int barrier = 0;
     std::function<bool()> poll;
-    std::vector<std::vector<Copy>> copies{1};  // groups of asynchronous copies, the open one last
-    std::vector<std::function<void()>> deferred;
+    std::vector<std::vector<Copy>> copies{1};      // groups of asynchronous copies, the open one last
+    std::vector<uint32_t> unfenced;                // 16-byte pieces of shared memory it wrote since its last fence
+    std::vector<std::function<void()>> stores[2];  // bulk stores whose source has not been read: open, committed
 };
 
 struct Warp {
@@ -94,20 +92,56 @@ struct Warp {
     void* args[32];
 };
 
+struct BoxCopy {  // of the copy engine, on its way
+    std::function<void()> land;
+    const void* barrier;
+};
+
 class Block {
   public:
+    std::vector<BoxCopy> box_copies;
     int schedule = 0;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
-    char* shared = nullptr;
-    size_t shared_bytes = 0;
+    char* shared = nullptr;  // of rank 0; the others' follow
+    size_t shared_bytes = 0, shared_stride = 0;
+    int ranks = 1, rank_threads = 0;
+    unsigned first_index = 0;        // of the rank 0 block in the grid
+    std::vector<uint16_t> unfenced;  // for each 16-byte piece 1 + the thread that wrote it and has not fenced
     std::function<void()> body;
     int current = -1;
     int generation = 0;  // counts the blocks run
     std::string error;
     jmp_buf scheduler;
 
+    // Copies early and products late (1) is the schedule in which a buffer that is refilled too early shows.
     bool lateCopies() const { return (schedule & 1) == 0; }
+    bool lateProducts() const { return schedule % 4 != 3; }
+
+    int rank() const { return current / rank_threads; }
+    char* rankMemory(int rank) const { return shared + static_cast<size_t>(rank) * shared_stride; }
+    char* memory() const { return rankMemory(rank()); }
+
+    // Ordinary writes to shared memory, and their fence.
+    void wrote(const char* to, size_t bytes) {
+        const size_t first = static_cast<size_t>(to - shared) / 16,
+                     end = (static_cast<size_t>(to - shared) + bytes + 15) / 16;
+        for (size_t piece = first; piece < end; ++piece) {
+            if (unfenced[piece] == current + 1) continue;
+            unfenced[piece] = static_cast<uint16_t>(current + 1);
+            fibers[current].unfenced.push_back(static_cast<uint32_t>(piece));
+        }
+    }
+    void fence() {
+        for (uint32_t piece : fibers[current].unfenced) {
+            if (unfenced[piece] == current + 1) unfenced[piece] = 0;
+        }
+        fibers[current].unfenced.clear();
+    }
+    void readAsync(const char* from) {
+        if (unfenced[static_cast<size_t>(from - shared) / 16] != 0)
+            abandon("the matrix units or the copy engine read what was written without a fence");
+    }
 
     void yield() {
         Fiber& fiber = fibers[current];
@@ -120,9 +154,12 @@ class Block {
     }
 
     void run(int threads) {
+        rank_threads = threads;
+        threads *= ranks;
         fibers.clear();
         fibers.resize(threads);
         warps.assign((threads + 31) / 32, Warp());
+        unfenced.assign(shared_stride * static_cast<size_t>(ranks) / 16, 0);
         error.clear();
         uint32_t random = 12345u + static_cast<uint32_t>(schedule);
         std::vector<int> order(warps.size());
@@ -154,14 +191,16 @@ class Block {
             if (progress) continue;
             bool done = true;
             for (Fiber& fiber : fibers) done = done && fiber.state == Fiber::kDone;
+            if (done && !box_copies.empty()) throw std::runtime_error("a block ends with copies nobody waited for");
             if (done) return;
             throw std::runtime_error(describeDeadlock());
         }
     }
 
-    // Barrier `id` of `count` threads (0: the whole block).
+    // Barrier `id` (0..15) of `count` threads of this CTA (0: all of them); 16: of the cluster.
     void barrier(int id, int count, bool wait) {
-        if (count == 0) count = static_cast<int>(fibers.size());
+        if (count == 0) count = id == kClusterBarrier ? static_cast<int>(fibers.size()) : rank_threads;
+        if (id != kClusterBarrier) id += rank() * (kClusterBarrier + 1);
         if (static_cast<size_t>(id) >= arrived_.size()) arrived_.resize(id + 1, 0);
         ++arrived_[id];
         if (arrived_[id] == count) {
@@ -205,8 +244,11 @@ class Block {
         yield();
     }
 
+    static constexpr int kClusterBarrier = 16;
+
     void reset() {
         arrived_.clear();
+        box_copies.clear();
         ++generation;
     }
 
@@ -232,13 +274,16 @@ inline void Block::entry() {
     for (auto& group : fiber.copies) {
         if (!group.empty()) block.abandon("a thread ends with copies it never waited for");
     }
+    if (!fiber.stores[0].empty() || !fiber.stores[1].empty())
+        block.abandon("a thread ends with bulk stores it never waited for");
     fiber.state = Fiber::kDone;
     _longjmp(block.scheduler, 1);
 }
 
 inline void Block::resume(int thread) {
     current = thread;
-    threadIdx.x = static_cast<unsigned>(thread);
+    threadIdx.x = static_cast<unsigned>(thread % rank_threads);
+    blockIdx.x = first_index + static_cast<unsigned>(rank());
     if (_setjmp(scheduler)) return;
     Fiber& fiber = fibers[thread];
     if (fiber.started) _longjmp(fiber.jump, 1);
@@ -251,24 +296,47 @@ inline void Block::resume(int thread) {
     setcontext(&fiber.context);
 }
 
+inline void Copy::run() const {
+    if (valid) {
+        memcpy(shared, global, 16);
+    } else {
+        memset(shared, 0, 16);
+    }
+    block.wrote(static_cast<const char*>(shared), 16);
+}
+
+template <class Kernel, class = void>
+struct ClusterOf {
+    static constexpr int value = 1;
+};
+template <class Kernel>
+struct ClusterOf<Kernel, decltype(static_cast<void>(Kernel::kCluster))> {
+    static constexpr int value = Kernel::kCluster;
+};
+
 // Runs Kernel::run(args, shared) for every block of the grid.
 template <class Kernel>
 void launch(unsigned grid, const typename Kernel::Args& args, int schedule) {
     const size_t bytes = Kernel::kSharedBytes;
-    const size_t total = (bytes + kGuardBytes + 1023) / 1024 * 1024;
-    std::unique_ptr<char, decltype(&free)> shared(static_cast<char*>(aligned_alloc(1024, total)), &free);
+    const size_t stride = (bytes + kGuardBytes + 1023) / 1024 * 1024;
     block.schedule = schedule;
-    block.shared = shared.get();
+    block.ranks = ClusterOf<Kernel>::value;
     block.shared_bytes = bytes;
+    block.shared_stride = stride;
+    const size_t total = stride * static_cast<size_t>(block.ranks);
+    std::unique_ptr<char, decltype(&free)> shared(static_cast<char*>(aligned_alloc(1024, total)), &free);
+    block.shared = shared.get();
     gridDim = {grid, 1, 1};
     blockDim = {static_cast<unsigned>(Kernel::kThreads), 1, 1};
-    for (unsigned index = 0; index < grid; ++index) {
-        blockIdx = {index, 0, 0};
+    block.body = [&] { Kernel::run(args, block.memory()); };
+    if (grid % static_cast<unsigned>(block.ranks) != 0) throw std::runtime_error("a grid of broken clusters");
+    for (unsigned index = 0; index < grid; index += static_cast<unsigned>(block.ranks)) {
+        block.first_index = index;
         memset(shared.get(), 0xff, total);
         block.reset();
-        block.body = [&] { Kernel::run(args, shared.get()); };
         block.run(Kernel::kThreads);
-        for (size_t i = bytes; i < total; ++i) {
+        for (size_t i = 0; i < total; ++i) {
+            if (i % stride < bytes) i += bytes - i % stride;
             if (static_cast<unsigned char>(shared.get()[i]) != 0xff)
                 throw std::runtime_error("write past the shared memory");
         }
@@ -311,7 +379,12 @@ float element(uint32_t pair, int index) {
 inline char* sharedMemory(uint32_t address, size_t bytes) {
     if (address + bytes > block.shared_bytes) block.abandon("shared access out of range");
     if (address % bytes != 0) block.abandon("misaligned shared access");
-    return block.shared + address;
+    return block.memory() + address;
+}
+inline void store(uint32_t address, const void* value, size_t bytes) {
+    char* to = sharedMemory(address, bytes);
+    memcpy(to, value, bytes);
+    block.wrote(to, bytes);
 }
 
 }  // namespace emu
@@ -337,9 +410,9 @@ inline float shuffle(float value, int from) {
 }
 
 inline uint32_t sharedAddress(const void* shared) {
-    return static_cast<uint32_t>(static_cast<const char*>(shared) - emu::block.shared);
+    return static_cast<uint32_t>(static_cast<const char*>(shared) - emu::block.memory());
 }
-inline void storeShared32(uint32_t address, uint32_t value) { memcpy(emu::sharedMemory(address, 4), &value, 4); }
+inline void storeShared32(uint32_t address, uint32_t value) { emu::store(address, &value, 4); }
 
 inline void copyAsync16(uint32_t address, const void* global, bool valid) {
     char* shared = emu::sharedMemory(address, 16);

@@ -10,8 +10,14 @@ namespace mxc {
 namespace emu {
 
 struct Mbarrier {  // what a barrier's 8 bytes hold here
-    uint16_t count, pending;
-    uint32_t phase;
+    uint16_t count, pending : 15, phase : 1;
+    int32_t bytes;  // expected and not yet copied; less than 0 where a copy came before its announcement
+
+    void settle() {
+        if (pending != 0 || bytes != 0) return;
+        pending = count;
+        phase ^= 1;
+    }
 };
 static_assert(sizeof(Mbarrier) == 8, "a barrier is 8 bytes");
 
@@ -20,7 +26,7 @@ struct WgmmaArgs {
     uint32_t a[4];
     bool a_shared;
     uint64_t a_descriptor, b_descriptor;
-    bool keep, transposed;
+    bool keep, a_transposed, transposed;
     int columns;
 };
 
@@ -51,9 +57,11 @@ inline std::vector<WgmmaGroup>& wgmmaGroups() {
 inline uint32_t descriptorAddress(uint64_t descriptor, int row, int column_bytes) {
     if ((descriptor >> 62) != 1 || ((descriptor >> 49) & 7) != 0) block.abandon("not a 128-byte swizzle descriptor");
     const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
+    const uint32_t leading = static_cast<uint32_t>((descriptor >> 16) & 0x3fff) << 4;
     const uint32_t stride = static_cast<uint32_t>((descriptor >> 32) & 0x3fff) << 4;
     const uint32_t address = start + static_cast<uint32_t>(row / 8) * stride + static_cast<uint32_t>(row % 8) * 128 +
-                             static_cast<uint32_t>(column_bytes);
+                             static_cast<uint32_t>(column_bytes / 128) * leading +
+                             static_cast<uint32_t>(column_bytes % 128);
     return address ^ (((address >> 7) & 7) << 4);
 }
 template <class Element>
@@ -83,8 +91,13 @@ void runWgmma(WgmmaOp& op) {
             for (int reg = 0; reg < 4; ++reg) {
                 for (int half = 0; half < 2; ++half) {
                     const int row = lane / 4 + 8 * (reg % 2), k = 2 * (lane % 4) + half + 8 * (reg / 2);
-                    a[row][k] = args.a_shared ? descriptorElement<Element>(args.a_descriptor, warp * 16 + row, k)
-                                              : element<Element>(args.a[reg], half);
+                    if (!args.a_shared) {
+                        a[row][k] = element<Element>(args.a[reg], half);
+                    } else {
+                        a[row][k] = args.a_transposed
+                                        ? descriptorElement<Element>(args.a_descriptor, k, warp * 16 + row)
+                                        : descriptorElement<Element>(args.a_descriptor, warp * 16 + row, k);
+                    }
                 }
             }
         }
@@ -101,6 +114,15 @@ void runWgmma(WgmmaOp& op) {
     }
 }
 
+// The pieces of an operand tile of `size` rows or columns and 16 k.
+inline void readTile(uint64_t descriptor, bool transposed, int size) {
+    const int rows = transposed ? 16 : size, pieces = transposed ? size / 8 : 2;
+    for (int row = 0; row < rows; ++row) {
+        for (int piece = 0; piece < pieces; ++piece)
+            block.readAsync(sharedMemory(descriptorAddress(descriptor, row, 16 * piece), 16));
+    }
+}
+
 template <class Element>
 void issueWgmma(const WgmmaArgs& args) {
     WgmmaGroup& group = wgmmaGroups()[static_cast<size_t>(block.current / 128)];
@@ -110,7 +132,10 @@ void issueWgmma(const WgmmaArgs& args) {
     WgmmaOp& op = *group.ops[index];
     op.args[thread] = args;
     op.run = &runWgmma<Element>;
-    if (++op.arrived == 128 && !block.lateCopies()) {
+    if (++op.arrived != 128) return;
+    readTile(args.b_descriptor, args.transposed, args.columns);
+    if (args.a_shared) readTile(args.a_descriptor, args.a_transposed, 64);
+    if (!block.lateProducts()) {
         op.run(op);
         op.done = true;
     }
@@ -118,21 +143,41 @@ void issueWgmma(const WgmmaArgs& args) {
 
 }  // namespace emu
 
-inline emu::Mbarrier& mbarrier(uint64_t* barrier) { return *reinterpret_cast<emu::Mbarrier*>(barrier); }
-inline void barrierInit(uint64_t* barrier, int arrivals) {
-    mbarrier(barrier) = {static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0};
+inline emu::Mbarrier& mbarrier(uint32_t barrier) {
+    return *reinterpret_cast<emu::Mbarrier*>(emu::sharedMemory(barrier, 8));
+}
+inline void barrierInit(uint32_t barrier, int arrivals) {
+    if (arrivals <= 0 || arrivals > 0x7fff) emu::block.abandon("a barrier of no arrivals");
+    emu::Mbarrier state;
+    state.count = static_cast<uint16_t>(arrivals);
+    state.pending = static_cast<uint16_t>(arrivals) & 0x7fffu;
+    state.phase = 0;
+    state.bytes = 0;
+    mbarrier(barrier) = state;
 }
 inline void barrierInitFence() {}
-inline void barrierArrive(uint64_t* barrier) {
-    emu::Mbarrier& state = mbarrier(barrier);
+inline void barrierArrive(emu::Mbarrier& state) {
     if (state.pending == 0) emu::block.abandon("more arrivals than a barrier expects");
-    if (--state.pending == 0) {
-        state.pending = state.count;
-        ++state.phase;
-    }
+    --state.pending;
+    state.settle();
 }
-inline void barrierWait(uint64_t* barrier, int parity) {
-    emu::block.waitUntil([barrier, parity] { return (mbarrier(barrier).phase & 1u) != static_cast<uint32_t>(parity); });
+inline void barrierArrive(uint32_t barrier) { barrierArrive(mbarrier(barrier)); }
+inline void barrierWait(uint32_t barrier, int parity) {
+    emu::block.waitUntil([pointer = &mbarrier(barrier), parity] {
+        emu::Mbarrier& state = *pointer;
+        // Copies land as late as they can: when someone waits and nothing else is missing.
+        auto& copies = emu::block.box_copies;
+        for (size_t i = 0; i < copies.size() && state.phase == parity && state.pending == 0;) {
+            if (copies[i].barrier != &state) {
+                ++i;
+                continue;
+            }
+            const auto land = copies[i].land;
+            copies.erase(copies.begin() + static_cast<std::ptrdiff_t>(i));
+            land();
+        }
+        return state.phase != parity;
+    });
 }
 inline void syncThreads(int id, int threads) { emu::block.barrier(id, threads, true); }
 inline void syncWarp() {
@@ -140,7 +185,55 @@ inline void syncWarp() {
     int nothing = 0;
     emu::block.warpCollective(&kind, nothing, [](int**) {});
 }
-inline void fenceAsyncShared() {}
+inline void fenceAsyncShared() { emu::block.fence(); }
+
+namespace emu {
+template <bool kTransposed>
+void storeMatrix(uint32_t row, const uint32_t (&registers)[4]) {
+    static const char kind = 0;
+    struct Args {
+        uint32_t row;
+        const uint32_t* registers;
+    } args{row, registers};
+    block.warpCollective(&kind, args, [](Args** all) {
+        for (int tile = 0; tile < 4; ++tile) {
+            for (int r = 0; r < 8; ++r) {
+                uint16_t out[8];
+                for (int c = 0; c < 8; ++c) {
+                    const int row = kTransposed ? c : r, column = kTransposed ? r : c;
+                    out[c] = static_cast<uint16_t>(all[row * 4 + column / 2]->registers[tile] >> (16 * (column % 2)));
+                }
+                const int lane = tile * 8 + r, last = block.current;
+                block.current = last / 32 * 32 + lane;  // the lane that names the row writes it
+                store(all[lane]->row, out, 16);
+                block.current = last;
+            }
+        }
+    });
+}
+}  // namespace emu
+inline void storeMatrix4(uint32_t row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+    emu::storeMatrix<false>(row, {r0, r1, r2, r3});
+}
+inline void storeMatrix4Transposed(uint32_t row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+    emu::storeMatrix<true>(row, {r0, r1, r2, r3});
+}
+inline float loadSharedFloat(uint32_t address) {
+    float out;
+    memcpy(&out, emu::sharedMemory(address, 4), 4);
+    return out;
+}
+inline float2 loadSharedFloat2(uint32_t address) {
+    float2 out;
+    memcpy(&out, emu::sharedMemory(address, 8), 8);
+    return out;
+}
+inline uint4 loadShared128(uint32_t address) {
+    uint4 out;
+    memcpy(&out, emu::sharedMemory(address, 16), 16);
+    return out;
+}
+inline void storeShared128(uint32_t address, uint4 value) { emu::store(address, &value, 16); }
 inline void wgmmaFence() {}
 inline void wgmmaCommit() {
     emu::WgmmaGroup& group = emu::wgmmaGroups()[static_cast<size_t>(emu::block.current / 128)];
@@ -170,14 +263,14 @@ inline void pinRegister(int&) {}
 
 template <class Element, int kColumns>
 struct Wgmma {
-    template <int kTransposed>
-    static void fromShared(float (&d)[kColumns / 8][4], uint64_t a, uint64_t b, int keep) {
-        emu::issueWgmma<Element>({&d[0][0], {}, true, a, b, keep != 0, kTransposed != 0, kColumns});
+    template <int kTransposedA, int kTransposedB, bool kKeep>
+    static void fromShared(float (&d)[kColumns / 8][4], uint64_t a, uint64_t b) {
+        emu::issueWgmma<Element>({&d[0][0], {}, true, a, b, kKeep, kTransposedA != 0, kTransposedB != 0, kColumns});
     }
-    template <int kTransposed>
-    static void fromRegisters(float (&d)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b, int keep) {
+    template <int kTransposedB, bool kKeep>
+    static void fromRegisters(float (&d)[kColumns / 8][4], const uint32_t (&a)[4], uint64_t b) {
         emu::issueWgmma<Element>(
-            {&d[0][0], {a[0], a[1], a[2], a[3]}, false, 0, b, keep != 0, kTransposed != 0, kColumns});
+            {&d[0][0], {a[0], a[1], a[2], a[3]}, false, 0, b, kKeep, false, kTransposedB != 0, kColumns});
     }
 };
 
