@@ -1,152 +1,173 @@
-"""Load on the real server: latencies by concurrency, what in-flight batching gains, what Triton costs, what a known prefix saves.
+"""Load on the real server: latencies and throughput by concurrency, what in-flight batching gains, what each way in costs beside the
+engine alone, what a known prefix saves.
 
-    python benchmarks/serve_load.py ENGINE_DIR --json benchmarks/results/serve_load_small.json
+    python benchmarks/serve_load.py ENGINE_DIR --json NUMBERS.json --plot DRAWING.svg
 
-Everything is measured in one run on one machine, client and server together. Contestants take turns in every round: Triton with the
-asked numbers of clients, and the scheduler alone in its own process with the largest of them. Reported are percentiles over all
-requests, and medians over the rounds for throughputs and their ratios. All answers have the same length and are decoded greedily.
-Client times start before the request is sent and end when its bytes are read.
+Everything is measured in one run on one machine, client and server together. Contestants take turns in every round: the scheduler
+alone, driven in a process of its own with all requests streamed to a callback, and `mxcompile serve` over HTTP, gRPC and the
+OpenAI-compatible API. Each also reports the processor time of every process per token, which other work on the machine moves less than
+it moves the clock. Reported are percentiles over all requests, and medians over the rounds for throughputs and their ratios. Answers
+are greedy and of one length. Client times start before the request is sent and end when its bytes are read.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
+import dataclasses
 import json
 import os
-import platform
 import random
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+from serve_clients import GRPC_CLIENT, OPENAI, TRITON_HTTP, Driver, Load, drive
+from serve_plot import plot
+
+from engines.directory import read_config
+from engines.generation import GenerationConfig, TokenEvent
+from mxcompile.loading import load
+from mxcompile.machine import examine
+from mxcompile.serving.cache import MemoryBudget, StateCache
+from mxcompile.serving.requests import Event, Finished, Request
+from mxcompile.serving.scheduler import Scheduler
+from mxcompile.serving.triton.environment import default_folder, install
+from mxcompile.serving.worker import Settings
+
 PERCENTILES = (50, 90, 99)
-PORTS = {"http_port": 18400, "grpc_port": 18401, "metrics_port": 18402}
+PORTS = {"openai": 18403, "http": 18400, "grpc": 18401, "metrics": 18402}
+ROLES = {
+    "openai_front": "mxcompile serve",
+    "tritonserver": "bin/tritonserver",
+    "stub": "triton_python_backend_stub",
+    "engine": "mxcompile.serving.worker",
+}
+START_S = 300.0
+Prompts = list[list[int]]
 
 
-@dataclass
-class Load:
-    """Times of many requests, in seconds."""
-
-    wall: float = 0.0
-    tokens: int = 0
-    first: list[float] = field(default_factory=list)
-    between: list[float] = field(default_factory=list)
-    whole: list[float] = field(default_factory=list)
-
-
-def stream(prompt: list[int], tokens: int, load: Load) -> None:
-    """One streamed request over HTTP."""
-    body = {"input_ids": prompt, "max_tokens": tokens, "end_id": -1, "stream": True}
-    start = last = time.perf_counter()
-    connection = http.client.HTTPConnection("127.0.0.1", PORTS["http_port"], timeout=600)
-    with contextlib.closing(connection):
-        path = "/v2/models/mxcompile/generate_stream"
-        connection.request("POST", path, json.dumps(body), {"Connection": "close"})
-        receiver: socket.socket = connection.sock
-        response, seen = connection.getresponse(), 0
-        while line := response.readline():
-            # Triton leaves Nagle's algorithm on: without quick acknowledgements tokens come in bursts 40 ms apart.
-            receiver.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-            if line.startswith(b"data:"):
-                now = time.perf_counter()
-                (load.between if seen else load.first).append(now - last)
-                last, seen = now, seen + 1
-    if seen != tokens:
-        raise RuntimeError(f"{seen} of {tokens} tokens came: {line!r}")
-    load.whole.append(last - start)
-    load.tokens += seen
-
-
-def through_triton(prompts: list[list[int]], tokens: int, clients: int) -> Load:
-    """`clients` at a time until all prompts are answered."""
-    load = Load()
-    start = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(lambda prompt: stream(prompt, tokens, load), prompts))
-    load.wall = time.perf_counter() - start
-    return load
-
-
-class EngineAlone:
-    """The scheduler in a process of its own, without any server: `through` as above."""
-
-    def __init__(self, engine: Path, threads: int) -> None:
-        command = [sys.executable, __file__, str(engine), "--alone", "--threads", str(threads)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._ask({"prompts": [[1, 2]] * 2, "tokens": 4, "clients": 2})
-
-    def through(self, prompts: list[list[int]], tokens: int, clients: int) -> float:
-        """Tokens per second."""
-        return float(self._ask({"prompts": prompts, "tokens": tokens, "clients": clients})["tokens_per_s"])
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-
-    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
-
-
-def serve_alone(engine: Path, threads: int) -> None:
-    """The other side of EngineAlone."""
-    from engines.generation import GenerationConfig
-    from mxcompile.loading import load
-    from mxcompile.serving.requests import Event, Finished, Request
-    from mxcompile.serving.scheduler import Scheduler
-
+def engine_alone(engine: Path, threads: int) -> None:
+    """A Driver's process: the scheduler as the engine process of a server has it, without any server."""
     loaded = load(engine, threads=threads)
-    detokenizer = loaded.tokenizer.detokenizer if loaded.tokenizer is not None else None
-    scheduler = Scheduler(loaded.session, detokenizer=detokenizer)
+    budget = MemoryBudget(Settings("").cache_bytes)
+    scheduler = Scheduler(
+        loaded.session,
+        detokenizer=loaded.tokenizer.detokenizer if loaded.tokenizer is not None else None,
+        cache=StateCache(budget, loaded.config.limits.prefill_chunk, ""),
+    )
     for line in sys.stdin:
         asked = json.loads(line)
         config = GenerationConfig(max_new_tokens=asked["tokens"])
-        waiting, running, done = list(asked["prompts"]), 0, 0
+        clients = _Clients(scheduler, [Request(prompt, config, print) for prompt in asked["prompts"]], asked["clients"])
+        print(json.dumps(vars(clients.run())), flush=True)
+
+
+class _Clients:
+    """Clients of a scheduler in this process: so many at a time until all requests are answered."""
+
+    def __init__(self, scheduler: Scheduler, waiting: list[Request], clients: int) -> None:
+        self._scheduler, self._waiting, self._clients = scheduler, waiting, clients
+        self._load, self._running = Load(), 0
+
+    def run(self) -> Load:
+        start = time.perf_counter()
+        while self._waiting or not self._scheduler.idle:
+            while self._waiting and self._running < self._clients:
+                self._submit()
+            self._scheduler.step()
+        self._load.wall = time.perf_counter() - start
+        return self._load
+
+    def _submit(self) -> None:
+        start = last = time.perf_counter()
+        load, seen = self._load, 0
 
         def note(event: Event) -> None:
-            nonlocal running, done
-            if isinstance(event, Finished):
-                running, done = running - 1, done + len(event.result.tokens)
+            nonlocal last, seen
+            if isinstance(event, TokenEvent):
+                now = time.perf_counter()
+                (load.between if seen else load.first).append(now - last)
+                last, seen = now, seen + 1
+            elif isinstance(event, Finished):
+                self._running -= 1
+                load.tokens += len(event.result.tokens)
+                load.whole.append(last - start)
+            else:
+                raise RuntimeError(event.message)
 
-        start = time.perf_counter()
-        while waiting or not scheduler.idle:
-            while waiting and running < asked["clients"]:
-                scheduler.submit(Request(waiting.pop(), config, note))
-                running += 1
-            scheduler.step()
-        print(json.dumps({"tokens_per_s": done / (time.perf_counter() - start)}), flush=True)
+        self._scheduler.submit(dataclasses.replace(self._waiting.pop(0), emit=note))
+        self._running += 1
 
 
 @contextlib.contextmanager
-def triton(engine: Path, venv: Path, threads: int) -> Iterator[None]:
-    """The real server on a repository of this engine."""
-    from mxcompile.serving.triton.environment import install
-    from mxcompile.serving.triton.repository import write_repository
-    from mxcompile.serving.triton.server import TritonServer
-    from mxcompile.serving.worker import Settings
+def served(engine: Path, venv: Path, threads: int) -> Iterator[int]:
+    """`mxcompile serve` on this engine; its process."""
+    ports = [part for kind, port in PORTS.items() for part in (f"--{kind}-port", str(port))]
+    command = [
+        sys.executable,
+        "-m",
+        "mxcompile",
+        "serve",
+        str(engine),
+        *ports,
+        "--threads",
+        str(threads),
+        "--drain",
+        "5",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with log.open("w") as out:
+            environment = os.environ | {"MXCOMPILE_TRITON_VENV": str(venv)}
+            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+        try:
+            end = time.monotonic() + START_S
+            while "metrics     http" not in log.read_text():
+                if process.poll() is not None or time.monotonic() > end:
+                    raise RuntimeError(f"the server did not start:\n{log.read_text()}")
+                time.sleep(0.1)
+            yield process.pid
+        finally:
+            process.terminate()
+            process.wait(60)
 
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w") as log:
-        write_repository(engine, Path(folder) / "repository", settings=Settings("", threads=threads), link=True)
-        with TritonServer(install(venv), Path(folder) / "repository", log=log, **PORTS) as server:
-            server.wait_ready()
-            yield
+
+class ProcessorTime:
+    """Processor seconds of the server's processes and of the clients."""
+
+    def __init__(self, server: int, others: dict[str, int]) -> None:
+        """`others`: processes of clients by name."""
+        main = psutil.Process(server)
+        self._processes = {name: psutil.Process(pid) for name, pid in others.items()}
+        for process in [main, *main.children(recursive=True)]:
+            line = " ".join(process.cmdline())
+            self._processes |= {
+                role: process for role, mark in ROLES.items() if mark in line and role not in self._processes
+            }
+        self._processes["client"] = psutil.Process()
+
+    def now(self) -> dict[str, float]:
+        """By process."""
+        times = {name: process.cpu_times() for name, process in self._processes.items()}
+        return {name: used.user + used.system for name, used in times.items()}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to the engine. `parts`: whose processor time counts."""
+
+    name: str
+    through: Callable[[Prompts, int], Load]  # prompts, clients
+    parts: tuple[str, ...]
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -155,54 +176,80 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {f"p{p}": round(points[p - 1] * 1000, 3) for p in PERCENTILES}
 
 
+def spread(values: list[float], digits: int = 3) -> dict[str, Any]:
+    """Median and all rounds."""
+    return {"median": round(statistics.median(values), digits), "rounds": [round(value, digits) for value in values]}
+
+
+def summary(loads: list[Load]) -> dict[str, Any]:
+    """Of one contestant at one number of clients, over all rounds."""
+    return {
+        "requests": sum(len(load.whole) for load in loads),
+        "tokens_per_s": spread([load.rate for load in loads], 1),
+        "time_to_first_token_ms": percentiles([t for load in loads for t in load.first]),
+        "inter_token_latency_ms": percentiles([t for load in loads for t in load.between]),
+        "request_ms": percentiles([t for load in loads for t in load.whole]),
+    }
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     source = random.Random(0)
-    levels = sorted(arguments.concurrency)
+    levels, tokens = sorted(arguments.concurrency), arguments.output_tokens
+    most = levels[-1]
 
-    def prompts() -> list[list[int]]:
+    def prompts() -> Prompts:
         """New ones in every round, so that no prefix is known."""
-        lengths = [source.randint(arguments.prompt_tokens // 2, arguments.prompt_tokens) for _ in range(levels[-1])]
-        return [[source.randrange(500) for _ in range(length)] for length in lengths]
+        count = arguments.requests or 2 * most
+        lengths = [source.randint(arguments.prompt_tokens // 2, arguments.prompt_tokens) for _ in range(count)]
+        return [[source.randrange(3, 500) for _ in range(length)] for length in lengths]
 
-    loads: dict[int, list[Load]] = {level: [] for level in levels}
-    alone: list[float] = []
-    with triton(arguments.engine, arguments.triton_venv, arguments.threads):
-        other = EngineAlone(arguments.engine, arguments.threads)
-        through_triton(prompts()[:2], 4, 2)  # warm
+    own = [sys.executable, __file__, arguments.engine, "--alone", "--threads", str(arguments.threads)]
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(served(arguments.engine, arguments.triton_venv, arguments.threads))
+        alone = Driver(own)
+        stack.callback(alone.close)
+        grpc = Driver([arguments.triton_venv / "bin" / "python", GRPC_CLIENT, str(PORTS["grpc"])])
+        stack.callback(grpc.close)
+        serving = ("client", "tritonserver", "stub", "engine")
+        contestants = [
+            Contestant("engine_alone", lambda some, n: alone.drive(some, tokens, n), ("alone",)),
+            Contestant("http", lambda some, n: drive(PORTS["http"], TRITON_HTTP, some, tokens, n), serving),
+            Contestant("grpc", lambda some, n: grpc.drive(some, tokens, n), ("grpc_client", *serving[1:])),
+            Contestant(
+                "openai", lambda some, n: drive(PORTS["openai"], OPENAI, some, tokens, n), (*serving, "openai_front")
+            ),
+        ]
+        for contestant in contestants:  # warm
+            contestant.through(prompts()[:most], most)
+        clock = ProcessorTime(server, {"alone": alone.pid, "grpc_client": grpc.pid})
+        by_level: dict[int, list[Load]] = {level: [] for level in levels}
+        by_way: dict[str, list[Load]] = {contestant.name: [] for contestant in contestants}
+        used: dict[str, dict[str, list[float]]] = {one.name: {part: [] for part in one.parts} for one in contestants}
         for number in range(arguments.rounds):
-            for level in levels:
-                loads[level].append(through_triton(prompts(), arguments.output_tokens, level))
-            alone.append(other.through(prompts(), arguments.output_tokens, levels[-1]))
+            for level in levels[:-1]:
+                by_level[level].append(drive(PORTS["http"], TRITON_HTTP, prompts(), tokens, level))
+            turn = number % len(contestants)
+            for contestant in contestants[turn:] + contestants[:turn]:
+                before = clock.now()
+                found = contestant.through(prompts(), most)
+                after = clock.now()
+                by_way[contestant.name].append(found)
+                for part, values in used[contestant.name].items():
+                    values.append((after[part] - before[part]) / found.tokens * 1e6)
+            by_level[most].append(by_way["http"][-1])
             print(f"round {number + 1} of {arguments.rounds} done", file=sys.stderr)
-        other.close()
         prefix = shared_prefix(arguments.shared_prefix, arguments.rounds, source) if arguments.shared_prefix else None
-
-    def rate(load: Load) -> float:
-        return load.tokens / load.wall
-
-    rates = {level: statistics.median(map(rate, some)) for level, some in loads.items()}
-    first, last = levels[0], levels[-1]
-    gains = [rate(many) / rate(one) for one, many in zip(loads[first], loads[last], strict=True)]
-    costs = [1 - rate(many) / own for many, own in zip(loads[last], alone, strict=True)]
+    one_by_one, many = by_level[levels[0]], by_level[most]
+    gains = [b.rate / a.rate for a, b in zip(one_by_one, many, strict=True)]
+    ways = {}
+    for name, loads in by_way.items():
+        costs = [1 - load.rate / own.rate for load, own in zip(loads, by_way["engine_alone"], strict=True)]
+        processor = {part: round(statistics.median(values), 1) for part, values in used[name].items()}
+        ways[name] = summary(loads) | {"cost": spread(costs), "processor_us_per_token": processor}
     return {
-        "by_concurrency": [
-            {
-                "clients": level,
-                "requests": sum(len(load.whole) for load in some),
-                "tokens_per_s": round(rates[level], 1),
-                "time_to_first_token_ms": percentiles([t for load in some for t in load.first]),
-                "inter_token_latency_ms": percentiles([t for load in some for t in load.between]),
-                "request_ms": percentiles([t for load in some for t in load.whole]),
-            }
-            for level, some in loads.items()
-        ],
-        "batching_gain": {"clients": [first, last], "ratio": round(statistics.median(gains), 2), "rounds": gains},
-        "triton_cost": {
-            "clients": last,
-            "engine_tokens_per_s": round(statistics.median(alone), 1),
-            "share": round(statistics.median(costs), 3),
-            "rounds": costs,
-        },
+        "by_concurrency": [{"clients": level, **summary(loads)} for level, loads in by_level.items()],
+        "batching_gain": {"clients": [levels[0], most], **spread(gains, 2)},
+        "ways_in": {"clients": most, **ways},
         "shared_prefix": prefix,
     }
 
@@ -211,11 +258,10 @@ def shared_prefix(length: int, rounds: int, source: random.Random) -> dict[str, 
     """First-token times of prompts that share `length` tokens, the first of each round unknown to the server."""
     cold, warm = [], []
     for _ in range(rounds):
-        prefix = [source.randrange(500) for _ in range(length)]
+        prefix = [source.randrange(3, 500) for _ in range(length)]
         for times in (cold, warm, warm):
-            load = Load()
-            stream([*prefix, source.randrange(500), source.randrange(500)], 2, load)
-            times.append(load.first[0])
+            prompt = [*prefix, source.randrange(3, 500), source.randrange(3, 500)]
+            times += drive(PORTS["http"], TRITON_HTTP, [prompt], 2, 1).first
     ratio = statistics.median(cold) / statistics.median(warm)
     return {"tokens": length, "cold_ms": percentiles(cold), "warm_ms": percentiles(warm), "ratio": round(ratio, 1)}
 
@@ -223,47 +269,49 @@ def shared_prefix(length: int, rounds: int, source: random.Random) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("engine", type=Path)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--prompt-tokens", type=int, default=64, help="longest prompt; the shortest is half of it")
     parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument(
+        "--requests", type=int, help="of each contestant in each round (default: twice the most clients)"
+    )
     parser.add_argument("--shared-prefix", type=int, default=0, help="also measure a shared prefix of this many tokens")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of the engine; the server and its clients need a core too"
+    )
     parser.add_argument("--triton-venv", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="write an SVG drawing")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
-        serve_alone(arguments.engine, arguments.threads)
+        engine_alone(arguments.engine, arguments.threads)
         return
-    from engines.directory import read_config
-    from mxcompile.serving.triton.environment import default_folder
-
     arguments.triton_venv = arguments.triton_venv or default_folder()
-    config = read_config(arguments.engine)
-    parameters = sum(record.size for record in config.files.values())
-    load_before = os.getloadavg()[0]  # work of others on this machine
+    install(arguments.triton_venv)
+    config, machine = read_config(arguments.engine), examine()
+    names = ("concurrency", "prompt_tokens", "output_tokens", "requests", "rounds", "threads")
     values = {
         "date": date.today().isoformat(),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
-        | {"load_before": load_before},
-        "engine": {"target": config.target, "dtype": config.dtype, "layers": config.num_layers, "bytes": parameters},
-        "settings": {
-            name: getattr(arguments, name) for name in ("prompt_tokens", "output_tokens", "rounds", "threads")
+        "machine": {"cpu": machine.cpu, "cores": machine.cores, "system": machine.system, "python": machine.python}
+        | {"load_average_before": os.getloadavg()[0]},  # work of others
+        "engine": {"target": config.target, "dtype": config.dtype, "layers": config.num_layers}
+        | {
+            "hidden_size": config.model.get("hidden_size"),
+            "bytes": sum(record.size for record in config.files.values()),
         },
-        "versions": {name: version(name) for name in ("onnxruntime", "numpy")} | {"triton": "2.51.0"},
+        "settings": {name: getattr(arguments, name) for name in names},
+        "versions": {name: machine.libraries.get(name) for name in ("onnxruntime", "numpy")}
+        | {"mxcompile": machine.mxcompile, "triton": "2.51.0"},
         **measure(arguments),
     }
     text = json.dumps(values, indent=1)
     print(text)
     if arguments.json is not None:
         arguments.json.write_text(text + "\n")
-
-
-def cpu_name() -> str:
-    """As the kernel reports it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    if arguments.plot is not None:
+        arguments.plot.write_text(plot(values))
 
 
 if __name__ == "__main__":
