@@ -55,10 +55,13 @@ def export_onnx(
     tp_size: int = 1,
     moe_tp_size: int | None = None,
     moe_ep_size: int | None = None,
+    cp_size: int = 1,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ExportSummary:
-    """Write the canonical ONNX graph; with `tp_size` above 1, `rank{r}.onnx` of every rank into the folder `output`.
+    """Write the canonical ONNX graph; for several ranks (`tp_size`, `cp_size`), `rank{r}.onnx` of every rank into the folder `output`.
+
+    With a `cp_size`, those are the graphs for prefill, in which a rank computes its segment of the tokens.
 
     `source` is a checkpoint folder, whose weights the file then refers to; or, for the graph alone, a configuration, a
     `config.json` or a checkpoint folder with `weights=False`. Raises as `build` does.
@@ -81,12 +84,13 @@ def export_onnx(
         else:
             config = read_config(source)
             config = config if layers is None else config.truncated(layers)
-        plan = ShardingPlan(config, ParallelMapping.of(tp_size, moe_tp_size, moe_ep_size))
+        plan = ShardingPlan(config, ParallelMapping.of(tp_size, moe_tp_size, moe_ep_size, cp_size))
+        several = len(plan.mapping.ranks)
     with clock.stage("trace"):
-        alone = opened is None or tp_size > 1
+        alone = opened is None or several > 1
         model = graph(config, dtype) if alone else bound_graph(config, dtype, cast("Checkpoint", opened))
-    if tp_size > 1:
-        with clock.stage("write", tp_size) as stage:
+    if several > 1:
+        with clock.stage("write", several) as stage:
             ranks = save_ranks(model, plan, Path(output), opened, force=force, on_rank=lambda rank: stage.advance())
         saved = SavedModel(
             Path(output),

@@ -55,6 +55,7 @@ def inspect_engine(path: Path, *, verify: bool = False) -> dict[str, Any]:
             "tp_size": config.mapping.tp_size,
             "moe_tp_size": config.mapping.moe_tp_size,
             "moe_ep_size": config.mapping.moe_ep_size,
+            "cp_size": config.mapping.cp_size,
         },
         "checkpoint": {"path": config.checkpoint.path, "fingerprint": config.checkpoint.fingerprint}
         if config.checkpoint

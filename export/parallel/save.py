@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from export.errors import ExportError
+from export.parallel.context import split_context
 from export.parallel.plan import ShardingPlan
 from export.parallel.shard import shard
 from export.parallel.weights import bind_rank_weights
@@ -26,6 +27,8 @@ def save_ranks(
 ) -> list[SavedModel]:
     """Write `rank{r}.onnx` of every rank into `folder`, which is made if it is not there; one rank in memory at a time.
 
+    With a `cp_size` they are the ranks' graphs for their segments of a prefill chunk.
+
     Args:
         model: the canonical graph of the whole model, without weights.
         source: the checkpoint that the files then refer to; without it, graphs alone are written.
@@ -39,7 +42,7 @@ def save_ranks(
     folder.mkdir(parents=True, exist_ok=True)
     saved = []
     for rank in plan.mapping.ranks:
-        mine, path = shard(model, plan, rank), folder / f"rank{rank}.onnx"
+        mine, path = split_context(shard(model, plan, rank), plan, rank), folder / f"rank{rank}.onnx"
         if source is None:
             saved.append(save_graph(mine, path, force=force))
         else:

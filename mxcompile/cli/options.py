@@ -87,6 +87,14 @@ parallel_options = together(
     ),
     click.option("--moe-tp-size", type=int, metavar="N", help="Of them, how many share each expert's inner width."),
     click.option("--moe-ep-size", type=int, metavar="N", help="Of them, how many share the experts out."),
+    click.option(
+        "--cp-size",
+        type=int,
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Ranks, each with the whole model (or sets of ranks), that share the tokens of a long prompt.",
+    ),
 )
 
 sampling_options = together(
