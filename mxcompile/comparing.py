@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from engines.directory import read_config
+from mxcompile.bench.drift_results import read_drift
 from mxcompile.bench.needle import read_needle
+from mxcompile.bench.perplexity import perplexity as measure_perplexity
+from mxcompile.bench.perplexity_results import read_perplexity
 from mxcompile.bench.results import read_any, read_json, write_json
 from mxcompile.bench.run import describe_engine
 from mxcompile.errors import MxcompileError
@@ -31,6 +34,9 @@ def report(
     bench: Sequence[Path_] = (),
     needle: Sequence[Path_] = (),
     validation: Sequence[Path_] = (),
+    perplexity: Sequence[Path_] = (),
+    state_drift: Sequence[Path_] = (),
+    text: Path_ | None = None,
     baseline: Path_ | None = None,
     price_per_hour: float | None = None,
     fail_on: Sequence[str] = (),
@@ -40,20 +46,25 @@ def report(
 ) -> dict[str, Any]:
     """The comparison as plain values; `write` makes files of it.
 
-    Engines without a validation file are validated now, when `against` is given. Raises MxcompileError (exit code 2) for files that are
+    Engines without a validation file are validated now, when `against` is given; with `text`, their perplexity on that file is measured
+    now too. Raises MxcompileError (exit code 2) for files that are
     damaged, of another version, or of another engine or checkpoint than the others.
     """
     progress = progress or SilentProgress()
     conditions = parse(fail_on)
     if price_per_hour is not None and price_per_hour <= 0:
         raise MxcompileError(f"the price per hour must be above 0, not {price_per_hour}")
-    if not engine_dirs and not bench and not validation and not needle:
+    if not any((engine_dirs, bench, validation, needle, perplexity, state_drift)):
         raise MxcompileError("nothing to report on; give an engine directory, --bench or --validation")
+    if text is not None and not engine_dirs:
+        raise MxcompileError("--text measures the perplexity of engines; name an engine directory")
     taken: set[str] = set()
     engines = [(Path(path).absolute(), read_config(path)) for path in engine_dirs]
     benches = [(short_name(path, taken), read_json(path)) for path in bench]
     needles = [(short_name(path, taken), read_needle(path)) for path in needle]
     validations = [(short_name(path, taken), _read_validation(path)) for path in validation]
+    perplexities = [(short_name(path, taken), read_perplexity(path)) for path in perplexity]
+    drifts = [(short_name(path, taken), read_drift(path)) for path in state_drift]
     fingerprint = _fingerprint(against)
     digests = {describe_engine(folder, config)["digest"]: folder for folder, config in engines}
     for folder, config in engines:
@@ -63,9 +74,10 @@ def report(
     for name, item in benches:
         _same_checkpoint(name, (item.checkpoint or {}).get("fingerprint"), fingerprint, against)
         _known_engine(name, item.engine, digests)
-    for name, grid in needles:
-        _same_checkpoint(name, grid.checkpoint["fingerprint"], fingerprint, against)
-        _known_engine(name, grid.engine, digests)
+    others: list[tuple[str, Any]] = [*needles, *perplexities, *drifts]
+    for name, other in others:
+        _same_checkpoint(name, other.checkpoint.get("fingerprint"), fingerprint, against)
+        _known_engine(name, other.engine, digests)
     for name, done in validations:
         _same_checkpoint(name, (done.engine.get("checkpoint") or {}).get("fingerprint"), fingerprint, against)
     not_run: list[dict[str, str]] = []
@@ -78,6 +90,10 @@ def report(
             else:
                 options = ValidationOptions(quick=quick, threads=threads)
                 validations.append((short_name(folder, taken), validate(folder, against, options, progress)))
+    if text is not None:
+        for folder, _ in engines:
+            measured = measure_perplexity(folder, text, against, threads=threads, progress=progress)
+            perplexities.append((short_name(text, taken), measured))
     if not benches:
         not_run.append(
             {"what": "speed", "reason": "no --bench file; `mxcompile bench ENGINE_DIR --json FILE` writes one"}
@@ -89,6 +105,11 @@ def report(
                 "reason": "no --needle file; `mxcompile bench ENGINE_DIR --needle --json FILE` writes one",
             }
         )
+    if not perplexities:
+        not_run.append({"what": "perplexity", "reason": "no --text and no --perplexity file"})
+    if not drifts:
+        reason = "no --state-drift file; `mxcompile bench ENGINE_DIR --state-drift 1000,10000 --json FILE` writes one"
+        not_run.append({"what": "drift of the recurrent state", "reason": reason})
     if price_per_hour is None:
         not_run.append({"what": "cost", "reason": "no --price-per-hour"})
     values = compare(
@@ -96,6 +117,8 @@ def report(
         validations=validations,
         benches=benches,
         needles=needles,
+        perplexities=perplexities,
+        drifts=drifts,
         baseline=None if baseline is None else (short_name(baseline, taken), read_json(baseline)),
         price_per_hour=price_per_hour,
         not_run=not_run,

@@ -19,7 +19,20 @@ from mxcompile.cli.options import PATH, Verb, threads_option, verbose_option
 @click.option(
     "--needle", type=PATH, multiple=True, metavar="FILE", help="JSON of `mxcompile bench --needle`; repeatable."
 )
-@click.option("--baseline", type=PATH, metavar="FILE", help="An older benchmark to compare with.")
+@click.option("--text", type=PATH, metavar="TEXT_FILE", help="Measure the engines' perplexity on this text now.")
+@click.option(
+    "--perplexity", type=PATH, multiple=True, metavar="FILE", help="JSON of `mxcompile bench --perplexity`; repeatable."
+)
+@click.option(
+    "--state-drift",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    help="JSON of `mxcompile bench --state-drift`; repeatable.",
+)
+@click.option(
+    "--baseline", type=PATH, metavar="FILE", help="An older benchmark: which numbers changed, beyond the spread?"
+)
 @click.option(
     "--price-per-hour", type=float, metavar="PRICE", help="Of the whole machine, for the cost of a million tokens."
 )
@@ -32,7 +45,8 @@ from mxcompile.cli.options import PATH, Verb, threads_option, verbose_option
     multiple=True,
     metavar="CONDITION",
     help="Exit with 1 when it holds: disagreement, incomplete, or such as 'ttft_ms>500', 'decode_tokens_per_s<20', "
-    "'decode_speedup<1', 'slowdown>1.1', 'peak_gib>8', 'logit_difference>1e-3'; repeatable.",
+    "'decode_speedup<1', 'slowdown>1.1', 'peak_gib>8', 'logit_difference>1e-3', "
+    "'perplexity_change>1e-3', 'state_drift>1e-4', 'changed>1'; repeatable.",
 )
 @threads_option
 @verbose_option

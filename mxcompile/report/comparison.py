@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from mxcompile.bench.agreement import SAME, chance_of_change, change
+from mxcompile.bench.drift_results import DriftReport
 from mxcompile.bench.needle import NeedleReport
 from mxcompile.bench.needle import verdict as needle_verdict
+from mxcompile.bench.perplexity_results import PerplexityReport
 from mxcompile.bench.results import BenchReport, Cell
 from mxcompile.bench.run import ELEMENT_BYTES, finished_cells
+from mxcompile.report import drift_section, perplexity_section
 from mxcompile.validation.results import ValidationReport
 
 SCHEMA = "mxcompile.report"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: perplexities, drifts, intervals
 RIVALS = ("pytorch", "transformers")
 BUSY = 0.25  # load average per CPU from which times are called uncertain
 
@@ -31,6 +34,8 @@ def compare(
     validations: Sequence[tuple[str, ValidationReport]] = (),
     benches: Sequence[tuple[str, BenchReport]] = (),
     needles: Sequence[tuple[str, NeedleReport]] = (),
+    perplexities: Sequence[tuple[str, PerplexityReport]] = (),
+    drifts: Sequence[tuple[str, DriftReport]] = (),
     baseline: tuple[str, BenchReport] | None = None,
     price_per_hour: float | None = None,
     not_run: Iterable[dict[str, str]] = (),
@@ -38,6 +43,10 @@ def compare(
     """The whole comparison. Pairs are (name, report); names tell several apart."""
     rows = [row for name, bench in benches for row in _rows(name, bench, price_per_hour)]
     missing = [*not_run, *_not_run(validations, benches, needles)]
+    for text in perplexities:
+        missing += perplexity_section.not_run(*text)
+    for run in drifts:
+        missing += drift_section.not_run(*run)
     values: dict[str, Any] = {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
@@ -50,6 +59,8 @@ def compare(
         "machines": [_machine(name, bench) for name, bench in benches],
         "baseline": None if baseline is None else _against_baseline(baseline, benches),
         "needles": [{"name": name, "verdict": needle_verdict(item)} | item.to_dict() for name, item in needles],
+        "perplexities": [perplexity_section.plain(*item) for item in perplexities],
+        "drifts": [drift_section.plain(*item) for item in drifts],
         "validations": [{"name": name} | item.to_dict() for name, item in validations],
         "notes": [f"{name}: {text}" for name, bench in benches for text in _notes(bench)],
         "not_run": missing,
@@ -295,6 +306,10 @@ def _verdict(values: dict[str, Any]) -> dict[str, Any]:
         differs = any(cell["status"] == "differs" for cell in item["cells"])
         bad |= differs or (not item["passed"] and not item["exact"])
         open_questions |= not item["passed"] and not differs
+    for item in (*values["perplexities"], *values["drifts"]):
+        sentences.append(item["verdict"])
+        bad |= not item["passed"] and item["finished"]
+        open_questions |= not item["finished"]
     if not values["validations"]:
         open_questions = True
         sentences.append("Whether the engine is right was not checked here.")
@@ -314,6 +329,7 @@ def _verdict(values: dict[str, Any]) -> dict[str, Any]:
         [
             *(c["status"] == "failed" for item in values["validations"] for c in item["checks"]),
             *(c["status"] == "differs" for item in values["needles"] for c in item["cells"]),
+            *(not item["passed"] and item["finished"] for item in (*values["perplexities"], *values["drifts"])),
         ]
     ):
         headline = "The engine does not meet the conditions"

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from mxcompile.planning.memory import tokens_text
+from mxcompile.report import drift_section
 from mxcompile.report.figures import Figure
 from mxcompile.report.svg import WIDTH, Axis, Series, chart, number
 
@@ -29,6 +30,7 @@ def figures(values: Values) -> list[Figure]:
         _by_length(values, "memory", "peak_bytes", 2**-20, "Peak memory of the process", "MiB", False),
         *(_layers(item, index) for index, item in enumerate(values["layer_times"])),
         *(_grid(item, index) for index, item in enumerate(values["needles"])),
+        *drift_section.figures(values),
     ]
     return [figure for figure in found if figure is not None]
 

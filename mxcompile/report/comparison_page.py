@@ -12,6 +12,7 @@ from html import escape
 from typing import Any
 
 from mxcompile.cli.output import bytes_text
+from mxcompile.report import drift_section, parts, perplexity_section
 from mxcompile.report import html as validation_page
 from mxcompile.report.comparison_figures import figures
 from mxcompile.report.files import write_text
@@ -66,7 +67,7 @@ def _cards(values: Values) -> str:
         rival = {"pytorch": "PyTorch"}.get(item["rival"], item["rival"])
         which = f", {item['bench']}" if len(values["machines"]) > 1 else ""
         text = f"as fast as {rival} {what} ({number(item['least'])} to {number(item['most'])}){which}"
-        cards.append((_value(f"speedups.{index}.mean", item["mean"], f"{number(item['mean'])} ×"), text))
+        cards.append((parts.value(f"speedups.{index}.mean", item["mean"], f"{number(item['mean'])} ×"), text))
     return (
         '<div class="cards">' + "".join(f'<div class="card"><b>{v}</b>{escape(t)}</div>' for v, t in cards) + "</div>"
         if cards
@@ -79,7 +80,7 @@ def _figures(values: Values) -> str:
         f"<figure><h3>{escape(figure.title)}</h3>{figure.svg}<figcaption>{escape(figure.caption)}</figcaption></figure>"
         for figure in figures(values)
     )
-    return _section("Speed, memory and long contexts", f'<div class="figures">{items}</div>') if items else ""
+    return parts.section("Speed, memory and long contexts", f'<div class="figures">{items}</div>') if items else ""
 
 
 def _ms(value: float) -> str:
@@ -177,7 +178,7 @@ def _cost(values: Values) -> str:
     price = values["price_per_hour"]
     if price is None:
         return ""
-    shown = _value("price_per_hour", price, number(price))
+    shown = parts.value("price_per_hour", price, number(price))
     text = f"<p>At a price of {shown} per hour for the whole machine, kept busy; in the unit of the price.</p>"
     return _table(values, "Cost", text, _COST)
 
@@ -193,11 +194,13 @@ def _table(values: Values, title: str, text: str, columns: Sequence[Column]) -> 
         several = len(values["machines"]) > 1
         who = f"{row['contestant']} ({row['bench']})" if several else row["contestant"]
         head = f'<th scope="row">{row["prompt_length"]} × {row["batch_size"]}, {escape(who)}</th>'
-        cells = "".join(_cell(name, f"rows.{index}.{key}", row[key], show) for name, key, show in columns)
+        cells = "".join(parts.cell(name, f"rows.{index}.{key}", row[key], show) for name, key, show in columns)
         lines.append(f"<tr>{head}{cells}</tr>")
     if not lines or not columns:
         return ""
-    return _section(title, text + _scroll(_header("Prompt × batch", *(name for name, _, _ in columns)), lines))
+    return parts.section(
+        title, text + parts.scroll(parts.header("Prompt × batch", *(name for name, _, _ in columns)), lines)
+    )
 
 
 def _baseline(values: Values) -> str:
@@ -220,20 +223,22 @@ def _baseline(values: Values) -> str:
     )
     lines = []
     for index, row in enumerate(found["rows"]):
-        cells = "".join(_cell(name, f"baseline.rows.{index}.{key}", row[key], show) for name, key, show in columns)
+        cells = "".join(parts.cell(name, f"baseline.rows.{index}.{key}", row[key], show) for name, key, show in columns)
         head = f'<th scope="row">{row["prompt_length"]} × {row["batch_size"]}, {escape(row["contestant"])}</th>'
         lines.append(f"<tr>{head}{cells}</tr>")
     text = (
         f"<p>Against {escape(found['name'])} of {escape(found['created'])}. A number changed where the intervals of the two medians do "
         "not touch: "
-        + _value("baseline.changed", found["changed"], str(found["changed"]))
+        + parts.value("baseline.changed", found["changed"], str(found["changed"]))
         + " of "
-        + _value("baseline.numbers", found["numbers"], str(found["numbers"]))
+        + parts.value("baseline.numbers", found["numbers"], str(found["numbers"]))
         + ". Of two runs of the same thing, about "
-        + _value("baseline.changed_by_chance", found["changed_by_chance"], f"{found['changed_by_chance']:.1f}")
+        + parts.value("baseline.changed_by_chance", found["changed_by_chance"], f"{found['changed_by_chance']:.1f}")
         + " would be called changed by chance.</p>"
     )
-    return _section("Against the baseline", text + _scroll(_header("Prompt × batch", *(c[0] for c in columns)), lines))
+    return parts.section(
+        "Against the baseline", text + parts.scroll(parts.header("Prompt × batch", *(c[0] for c in columns)), lines)
+    )
 
 
 def _needles(values: Values) -> str:
@@ -243,16 +248,16 @@ def _needles(values: Values) -> str:
             key = f"needles.{index}.cells.{place}"
             head = f'<th scope="row">{escape(item["name"])}: {cell["length"]} tokens, depth {cell["depth"]} %</th>'
             shown = (
-                _cell("Logit difference", f"{key}.max_abs", cell["max_abs"], number)
-                + _cell("KL", f"{key}.kl", cell["kl"], number)
-                + _cell("Rank of the answer, engine", f"{key}.engine_rank", cell["engine_rank"], str)
-                + _cell("PyTorch", f"{key}.reference_rank", cell["reference_rank"], str)
-                + _cell("Result", f"{key}.status", cell["status"], escape)
-                + _cell("Note", f"{key}.note", cell["note"], escape)
+                parts.cell("Logit difference", f"{key}.max_abs", cell["max_abs"], number)
+                + parts.cell("KL", f"{key}.kl", cell["kl"], number)
+                + parts.cell("Rank of the answer, engine", f"{key}.engine_rank", cell["engine_rank"], str)
+                + parts.cell("PyTorch", f"{key}.reference_rank", cell["reference_rank"], str)
+                + parts.cell("Result", f"{key}.status", cell["status"], escape)
+                + parts.cell("Note", f"{key}.note", cell["note"], escape)
             )
             lines.append(f"<tr>{head}{shown}</tr>")
-    head = _header("Context", "Logit difference", "KL", "Rank of the answer, engine", "PyTorch", "Result", "Note")
-    return _section("Long contexts", _scroll(head, lines)) if lines else ""
+    head = parts.header("Context", "Logit difference", "KL", "Rank of the answer, engine", "PyTorch", "Result", "Note")
+    return parts.section("Long contexts", parts.scroll(head, lines)) if lines else ""
 
 
 def _accuracy(values: Values) -> str:
@@ -261,16 +266,16 @@ def _accuracy(values: Values) -> str:
         report = ValidationReport.from_dict(
             {key: value for key, value in item.items() if key not in ("name", "verdict", "passed")}
         )
-        parts = "".join(section(report) for section in validation_page.SECTIONS if section.__name__ not in _ELSEWHERE)
+        text = "".join(section(report) for section in validation_page.SECTIONS if section.__name__ not in _ELSEWHERE)
         # Names of drawings must be unique in the page.
-        parts = re.sub(r'\bid="', f'id="v{index}-', parts)
-        parts = re.sub(r'aria-labelledby="(\S+) (\S+)"', rf'aria-labelledby="v{index}-\1 v{index}-\2"', parts)
-        parts = (
-            parts.replace("<h2>", "<h2>Accuracy: ")
+        text = re.sub(r'\bid="', f'id="v{index}-', text)
+        text = re.sub(r'aria-labelledby="(\S+) (\S+)"', rf'aria-labelledby="v{index}-\1 v{index}-\2"', text)
+        text = (
+            text.replace("<h2>", "<h2>Accuracy: ")
             if len(values["validations"]) == 1
-            else parts.replace("<h2>", f"<h2>{escape(item['name'])}: ")
+            else text.replace("<h2>", f"<h2>{escape(item['name'])}: ")
         )
-        out.append(parts)
+        out.append(text)
     return "".join(out)
 
 
@@ -278,13 +283,13 @@ _ELSEWHERE = ("_head", "_verdict", "_environment")  # sections of the validation
 
 
 def _not_run(values: Values) -> str:
-    parts = []
+    lists = []
     if values["not_run"]:
         items = "".join(f"<li>{escape(item['what'])}: {escape(item['reason'])}</li>" for item in values["not_run"])
-        parts.append(f"<h3>Not run</h3><ul>{items}</ul>")
+        lists.append(f"<h3>Not run</h3><ul>{items}</ul>")
     if values["notes"]:
-        parts.append("<h3>To know</h3><ul>" + "".join(f"<li>{escape(text)}</li>" for text in values["notes"]) + "</ul>")
-    return _section("Not run, and to know", "".join(parts)) if parts else ""
+        lists.append("<h3>To know</h3><ul>" + "".join(f"<li>{escape(text)}</li>" for text in values["notes"]) + "</ul>")
+    return parts.section("Not run, and to know", "".join(lists)) if lists else ""
 
 
 def _machines(values: Values) -> str:
@@ -303,7 +308,7 @@ def _machines(values: Values) -> str:
         }
         lines = "".join(f'<tr><th scope="row">{escape(k)}</th><td>{escape(str(v))}</td></tr>' for k, v in facts.items())
         rows.append(f"<h3>{escape(item['bench'])}</h3><table><tbody>{lines}</tbody></table>")
-    return _section("Machine and method", "".join(rows)) if rows else ""
+    return parts.section("Machine and method", "".join(rows)) if rows else ""
 
 
 def _loads(values: Any) -> str:
@@ -322,34 +327,9 @@ SECTIONS: Sequence[Callable[[Values], str]] = (
     _prediction,
     _baseline,
     _needles,
+    perplexity_section.section,
+    drift_section.section,
     _accuracy,
     _not_run,
     _machines,
 )
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>"
-
-
-def _header(first: str, *columns: str) -> str:
-    cells = "".join(f'<th scope="col" class="n">{escape(name.strip())}</th>' for name in columns)
-    return f'<thead><tr><th scope="col">{escape(first)}</th>{cells}</tr></thead>'
-
-
-def _scroll(head: str, lines: Sequence[str]) -> str:
-    return f'<div class="scroll"><table class="stack">{head}<tbody>{"".join(lines)}</tbody></table></div>'
-
-
-def _cell(name: str, key: str, value: Any, show: Callable[[Any], str]) -> str:
-    if value is None or value == "":
-        return "<td></td>"
-    return f'<td class="n" data-name="{escape(name.strip())}" {_data(key, value)}>{show(value)}</td>'
-
-
-def _value(key: str, value: Any, text: str) -> str:
-    return f"<span {_data(key, value)}>{escape(text)}</span>"
-
-
-def _data(key: str, value: Any) -> str:
-    return f'data-key="{escape(key)}" data-value="{escape(json.dumps(value))}"'

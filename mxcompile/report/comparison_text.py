@@ -1,4 +1,4 @@
-"""A comparison as CSV (one line per measured cell) and as Markdown."""
+"""A comparison as CSV (a table of measured cells, then one each of perplexities and drifts) and as Markdown."""
 
 from __future__ import annotations
 
@@ -6,19 +6,30 @@ import csv
 import io
 from typing import Any
 
+from mxcompile.report import drift_section, perplexity_section
 from mxcompile.report.svg import number
 
 Values = dict[str, Any]
 
 
 def to_csv(values: Values) -> str:
-    """All rows with all their keys; empty where there is no value."""
-    out = io.StringIO()
-    if values["rows"]:
-        writer = csv.DictWriter(out, fieldnames=list(values["rows"][0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(values["rows"])
-    return out.getvalue()
+    """All rows with all their keys, empty where there is no value; tables are parted by an empty line, and each has a head."""
+    texts = [{"text": item["name"]} | row for item in values["perplexities"] for row in item["summary"]]
+    drifts = [
+        {"run": item["name"], "step": row["step"], "layer": row["layer"]} | error
+        for item in values["drifts"]
+        for row in item["rows"]
+        for error in row["errors"]
+    ]
+    out = []
+    for rows in (values["rows"], texts, drifts):
+        if rows:
+            stream = io.StringIO()
+            writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            out.append(stream.getvalue())
+    return "\n".join(out)
 
 
 def to_markdown(values: Values) -> str:
@@ -51,6 +62,9 @@ def to_markdown(values: Values) -> str:
             cells += [number(row["input_cost_per_million"]), number(row["output_cost_per_million"])] if cost else []
             lines.append(_line(cells))
         lines.append("")
+    for table in (perplexity_section.markdown(values), drift_section.markdown(values)):
+        if table:
+            lines += [_line(table[0]), _line(["---"] * len(table[0])), *(_line(row) for row in table[1:]), ""]
     for title, items in (
         ("Not run", [f"{item['what']}: {item['reason']}" for item in values["not_run"]]),
         ("To know", values["notes"]),

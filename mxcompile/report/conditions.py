@@ -1,6 +1,6 @@
 """Conditions for `--fail-on`: `METRIC<NUMBER` or `METRIC>NUMBER` fails when any of an engine's values is so; or a word.
 
-Words: `disagreement` (a validation or a needle grid does not pass), `incomplete` (anything was not run).
+Words: `disagreement` (a validation, a needle grid, a perplexity or a drift does not pass), `incomplete` (anything was not run).
 A metric without any value fails too: what was not measured must not pass a gate.
 """
 
@@ -39,6 +39,22 @@ def _changed(values: Values) -> list[float]:
     return [float(sum(row[key] != SAME for row in rows for key in row if key.endswith("_change")))]
 
 
+def _perplexity(key: str) -> Callable[[Values], list[float]]:
+    """Of every text: what is no number is infinitely wrong."""
+
+    def take(values: Values) -> list[float]:
+        rows = [row for item in values["perplexities"] for row in item["summary"] if row["name"] == "engine"]
+        return [float("inf") if row[key] is None else abs(row[key]) for row in rows]
+
+    return take
+
+
+def _state_drift(values: Values) -> list[float]:
+    """Largest relative error of a recurrent state against the recurrence in fp64, decoding with taps and without."""
+    errors = [e for item in values["drifts"] for row in item["rows"] for e in row["errors"] if e["measure"] != "model"]
+    return [float("inf") if e["error"] is None else e["error"] for e in errors]
+
+
 def _logit_difference(values: Values) -> list[float]:
     found = []
     for item in values["validations"]:
@@ -64,6 +80,9 @@ METRICS: dict[str, Callable[[Values], list[float]]] = {
     "changed": _changed,
     "device_peak_gib": _engine_rows("device_peak_bytes", 2**-30),
     "logit_difference": _logit_difference,
+    "perplexity": _perplexity("perplexity"),
+    "perplexity_change": _perplexity("change"),
+    "state_drift": _state_drift,
 }
 """Name -> all values of engines in a comparison. Speedups are against PyTorch, slowdown is new over old against --baseline."""
 
@@ -80,7 +99,8 @@ class Condition:
     def violation(self, values: Values) -> str | None:
         """Why it does not hold, or None when all is well."""
         if self.metric == "disagreement":
-            bad = [item["name"] for item in (*values["validations"], *values["needles"]) if not item["passed"]]
+            judged = [item for key in ("validations", "needles", "perplexities", "drifts") for item in values[key]]
+            bad = [item["name"] for item in judged if not item["passed"]]
             if not values["validations"]:
                 return "disagreement: no validation was given or run"
             return f"disagreement: {', '.join(bad)} did not pass" if bad else None

@@ -7,9 +7,11 @@ import csv
 import html
 import io
 import json
+import math
 import re
 
 import pytest
+from bench_models import made_drift, made_perplexity
 
 from engines.directory import read_config
 from mxcompile.backends.pytorch import PyTorchSession
@@ -88,6 +90,8 @@ def files(engine, checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     write_json(made_bench(engine).to_dict(), folder / "new.json")
     write_json(made_bench(engine, factor=2.0).to_dict(), folder / "old.json")
+    write_json(made_perplexity(engine).to_dict(), folder / "text.json")
+    write_json(made_drift(engine).to_dict(), folder / "drift.json")
     found = validate(engine, checkpoint, ValidationOptions(quick=True, lengths=(20,), threads=2))
     write_json(found.to_dict(), folder / "validation.json")
     return folder
@@ -100,6 +104,8 @@ def values(engine, checkpoint, files):
         against=checkpoint,
         bench=[files / "new.json"],
         validation=[files / "validation.json"],
+        perplexity=[files / "text.json"],
+        state_drift=[files / "drift.json"],
         baseline=files / "old.json",
         price_per_hour=3.6,
     )
@@ -131,6 +137,12 @@ def test_numbers_in_the_page_equal_the_json(values, tmp_path):
             "predicted_itl_s",
         ):
             assert f"rows.{index}.{name}" in keys
+    for name in ("perplexity", "change", "mean_nll", "median_difference", "largest_difference"):
+        assert f"perplexities.0.summary.0.{name}" in keys
+    for row in range(2):
+        for error in range(3):
+            assert f"drifts.0.rows.{row}.errors.{error}.error" in keys
+    assert "baseline.changed_by_chance" in keys
     milliseconds = next(shown for key, _, shown in cells if key == "rows.0.ttft_s")
     assert milliseconds == "10.2 ms"
     assert stored["rows"][0]["ttft_s"] == pytest.approx(0.0102)
@@ -146,6 +158,11 @@ def test_the_page_needs_nothing_else_and_has_every_figure(values):
         "Throughput by batch",
         "Peak memory",
         "Time by kind of layer",
+        "Perplexity (text)",
+        "Drift by decoded tokens",
+        "Drift by layer",
+        "Drift of the state",
+        "there is no device whose memory could be measured",
     ):
         assert title in text
     ids = re.findall(r'\bid="([^"]+)"', text)
@@ -183,11 +200,79 @@ def test_the_baseline_counts_what_is_beyond_the_spread(values, engine):
 
 
 def test_csv_and_markdown(values):
-    rows = list(csv.DictReader(io.StringIO(to_csv(values))))
+    tables = to_csv(values).split("\n\n")
+    rows, texts, drifts = (list(csv.DictReader(io.StringIO(table))) for table in tables)
+    assert [float(row["perplexity"]) for row in texts] == [
+        row["perplexity"] for row in values["perplexities"][0]["summary"]
+    ]
+    assert [float(row["error"]) for row in drifts] == [1e-6] * 6
     assert [float(row["itl_s"]) for row in rows] == [row["itl_s"] for row in values["rows"]]
     text = to_markdown(values)
     assert text.startswith("# The engine is right")
     assert "| new | 16 × 1 | engine | 10.2 |" in text
+    assert f"| text | engine float32 | {math.exp(2.125 + 1e-6):.6g} | +1.0e-06 |" in text
+    assert "| drift | 1000 |" in text
+
+
+def test_perplexity_and_drift_decide(engine):
+    """Good ones pass, wrong ones fail the verdict and their conditions, and what is missing fails a condition on it."""
+    conditions = parse(["perplexity_change>1e-3", "state_drift>1e-4", "perplexity>10"])
+    good = compare(perplexities=[("t", made_perplexity(engine))], drifts=[("d", made_drift(engine))])
+    assert violations(conditions, good) == []
+    assert good["verdict"]["status"] == "inconclusive"  # nothing was validated
+    assert {"what": "d: 100000 tokens", "reason": "exceeds the engine's max_seq_len 2000"} in good["not_run"]
+    wrong = compare(perplexities=[("t", made_perplexity(engine, 0.5))])
+    assert wrong["verdict"]["status"] == "failed"
+    assert wrong["verdict"]["headline"] == "Do not put this engine into production"
+    assert any("predicts the text otherwise than PyTorch" in text for text in wrong["verdict"]["sentences"])
+    assert violations(conditions, wrong) == [
+        "perplexity_change>1e-3: the worst value is 0.6487",
+        "state_drift>1e-4: state_drift was not measured",
+        "perplexity>10: the worst value is 13.8",
+    ]
+    for error, worst in ((1e-3, "0.001"), (None, "inf")):
+        drifting = compare(drifts=[("d", made_drift(engine, error))])
+        assert drifting["verdict"]["status"] == "failed"
+        assert violations(conditions[1:2], drifting) == [f"state_drift>1e-4: the worst value is {worst}"]
+        assert "The recurrent states drift: after 10 tokens that of layer 0" in page(drifting)
+    assert violations(parse(["disagreement"]), drifting | {"validations": good["drifts"]}) == [
+        "disagreement: d did not pass"
+    ]
+
+
+def test_unfinished_measurements_decide_nothing(engine):
+    text, run = made_perplexity(engine), made_drift(engine)
+    text.finished = run.finished = False
+    found = compare(perplexities=[("t", text)], drifts=[("d", run)])
+    assert found["verdict"]["status"] == "inconclusive"
+    assert [item["what"] for item in found["not_run"]] == [
+        "t: the rest of the text",
+        "d: 100000 tokens",
+        "d: the rest of the decode",
+    ]
+
+
+def test_files_of_another_engine_or_kind_are_refused(engine, files, tmp_path):
+    other = made_drift(engine)
+    other.engine = other.engine | {"digest": "0"}
+    write_json(other.to_dict(), tmp_path / "other.json")
+    with pytest.raises(MxcompileError, match="other: was measured on another engine"):
+        report([engine], state_drift=[tmp_path / "other.json"])
+    with pytest.raises(MxcompileError, match="not a file of `mxcompile bench --perplexity`"):
+        report(perplexity=[files / "drift.json"])
+    with pytest.raises(MxcompileError, match="name an engine directory"):
+        report(bench=[files / "new.json"], text=tmp_path / "t.txt")
+
+
+def test_a_text_is_measured_now(engine, checkpoint, files, tmp_path):
+    (tmp_path / "sea.txt").write_text("The sea was calm, and the lamp in the tower turned.")
+    found = report(
+        [engine], against=checkpoint, text=tmp_path / "sea.txt", validation=[files / "validation.json"], threads=2
+    )
+    (item,) = found["perplexities"]
+    assert item["name"] == "sea.txt"
+    assert item["passed"]
+    assert found["verdict"]["status"] == "passed"
 
 
 def test_a_wrong_engine_is_named_by_layer_and_kind(checkpoint, engine):
