@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from engines import checks
 from engines.config import EngineConfig
 from engines.errors import EngineError
 from engines.interface import Positions, State, StepResult
@@ -57,9 +58,7 @@ class RaggedSession(ABC):
             chunk = min(chunk, self._max_step_tokens)
         if chunk < 1:
             raise EngineError(f"the prefill chunk must be at least 1 token, not {chunk}")
-        if len(prompts) != state.batch_size:
-            raise EngineError(f"{len(prompts)} prompts for a state of {state.batch_size} rows")
-        rows = [np.asarray(prompt, np.int64).reshape(-1) for prompt in prompts]
+        rows = checks.prompt_rows(prompts, state.batch_size)
         lengths_B = np.array([len(row) for row in rows], np.int64)
         for prompt_ids in rows:
             self._check_ids(prompt_ids)
@@ -90,13 +89,13 @@ class RaggedSession(ABC):
         taps: bool = False,
     ) -> StepResult:
         state = self._own(state)
-        ids_BT, new_B = np.asarray(ids_BT), np.asarray(new_lengths_B, np.int64)
+        ids_BT, new_B = checks.integers(ids_BT), checks.integers(new_lengths_B).astype(np.int64)
         if ids_BT.ndim != 2 or len(ids_BT) != state.batch_size or new_B.shape != (state.batch_size,):
             raise EngineError(
                 f"forward takes ids [batch, tokens] and one new length per row; the state has {state.batch_size} rows, "
                 f"the ids are {ids_BT.shape} and the new lengths {new_B.shape}"
             )
-        batch, tokens = ids_BT.shape
+        tokens = ids_BT.shape[1]
         if new_B.min() < 0 or new_B.max() > tokens:
             raise EngineError(f"new lengths {new_B.tolist()} do not lie within 0 and the {tokens} tokens given")
         valid_BT = np.arange(tokens) < new_B[:, None]
@@ -113,28 +112,35 @@ class RaggedSession(ABC):
             new_R1, asked_RP = new_B[here, None], positions_BP[here, :columns]
             meant_RP = (asked_RP >= 0) & (asked_RP < new_R1)
             if self._max_step_tokens is not None:
-                if taps:
+                if taps and not self._config.taps:
                     raise EngineError(
-                        "this engine gives out no inner values; compare layers with an onnxruntime engine"
+                        "this engine gives out no inner values; build it with --taps, or compare layers with an onnxruntime engine"
                     )
-                logits_BPN[here, :columns] = self._in_pieces(run, ids_BT, new_B, asked_RP, meant_RP, state)
+                logits_RPN, found = self._in_pieces(run, ids_BT, new_B, asked_RP, meant_RP, state, taps)
+                logits_BPN[here, :columns] = logits_RPN
+                _gather_taps(found, outputs, run, valid_BT)
                 continue
             wanted_RP = np.where(meant_RP, asked_RP, 0)
             result = self._step(run, ids_BT, new_B, wanted_RP, state, taps)
             logits_BPN[here, :columns][meant_RP] = result.logits[meant_RP]
-            for name, tap_RT in result.taps.items():
-                out = outputs.setdefault(name, np.zeros((batch, tokens, *tap_RT.shape[2:]), tap_RT.dtype))
-                valid_RT = valid_BT[here, : run.tokens]
-                out[here, : run.tokens][valid_RT] = tap_RT[valid_RT]
+            _gather_taps(result.taps, outputs, run, valid_BT)
         return StepResult(logits_BPN, outputs)
 
     def _in_pieces(
-        self, run: Run, ids_BT: np.ndarray, new_B: np.ndarray, asked_RP: np.ndarray, meant_RP: np.ndarray, state: Any
-    ) -> np.ndarray:
-        """A run in pieces that keep the runtime's limits; logits [R, P, N], 0 where none are meant."""
+        self,
+        run: Run,
+        ids_BT: np.ndarray,
+        new_B: np.ndarray,
+        asked_RP: np.ndarray,
+        meant_RP: np.ndarray,
+        state: Any,
+        taps: bool,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A run in pieces that keep the runtime's limits; logits [R, P, N], 0 where none are meant, and taps [R, T, ...]."""
         assert self._max_step_tokens is not None
         logits_RPN = np.zeros((*asked_RP.shape, self.vocab_size), np.float32)
         wanted_RT = np.zeros((run.end - run.first, run.tokens), bool)
+        pieces: dict[str, list[np.ndarray]] = {}
         for row, (asked_P, meant_P) in enumerate(zip(asked_RP, meant_RP, strict=True)):
             wanted_RT[row, asked_P[meant_P]] = True
         for start, end in cut_columns(run.tokens, wanted_RT, self._max_step_tokens, self._max_step_positions):
@@ -144,15 +150,16 @@ class RaggedSession(ABC):
                 asked_Rp[row, : len(found)] = found
             piece = Run(run.first, run.end, end - start)
             new_piece_B = np.clip(new_B - start, 0, end - start)
-            found_RpN = self._step(piece, ids_BT[:, start:end], new_piece_B, asked_Rp, state).logits
+            result = self._step(piece, ids_BT[:, start:end], new_piece_B, asked_Rp, state, taps)
+            found_RpN = result.logits
+            for name, tap in result.taps.items():
+                pieces.setdefault(name, []).append(tap)
             for row, found in enumerate(columns):
                 for column, position in enumerate(found):
                     logits_RPN[row, meant_RP[row] & (asked_RP[row] == start + position)] = found_RpN[row, column]
-        return logits_RPN
+        return logits_RPN, {name: np.concatenate(parts, axis=1) for name, parts in pieces.items()}
 
     def _check_ids(self, ids: np.ndarray) -> None:
-        if not np.issubdtype(ids.dtype, np.integer) and ids.size:
-            raise EngineError(f"token ids must be integers, not {ids.dtype}")
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
             wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
             raise EngineError(f"token id {wrong} lies outside the vocabulary of {self.vocab_size}")
@@ -166,6 +173,15 @@ class RaggedSession(ABC):
                 f"row {row} holds {state.lengths[row]} tokens and gets {new_B[row]} more: {total_B[row]} exceeds the "
                 f"engine's max_seq_len {self.max_seq_len}; shorten the prompt or build with a larger --max-seq-len"
             )
+
+
+def _gather_taps(taps: dict[str, np.ndarray], outputs: dict[str, np.ndarray], run: Run, valid_BT: np.ndarray) -> None:
+    """Put a run's taps [R, T, ...] to their rows of `outputs` [B, T, ...], which stay 0 at padding."""
+    here = slice(run.first, run.end)
+    for name, tap_RT in taps.items():
+        out = outputs.setdefault(name, np.zeros((*valid_BT.shape, *tap_RT.shape[2:]), tap_RT.dtype))
+        valid_RT = valid_BT[here, : run.tokens]
+        out[here, : run.tokens][valid_RT] = tap_RT[valid_RT]
 
 
 def _positions(positions: Positions, new_B: np.ndarray, tokens: int) -> np.ndarray:

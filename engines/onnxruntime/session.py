@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import onnxruntime as ort
 
+from engines import checks
 from engines.config import EngineConfig
 from engines.directory import read_config, verify_files
 from engines.errors import ENVIRONMENT, EngineError
@@ -92,17 +93,11 @@ class OrtSession(RaggedSession):
         self._tap_session: ort.InferenceSession | None = None
 
     def new_state(self, batch_size: int) -> OrtState:
-        if not 1 <= batch_size <= self.max_batch_size:
-            raise EngineError(
-                f"batch size {batch_size} is not within 1 and the engine's max_batch_size {self.max_batch_size}"
-            )
-        return OrtState(self._config, batch_size)
+        return OrtState(self._config, checks.batch_within(batch_size, self.max_batch_size))
 
     def decode(self, tokens_B: np.ndarray | Sequence[int], state: State) -> np.ndarray:
         state = self._own(state)
-        tokens_B = np.asarray(tokens_B)
-        if tokens_B.shape != (state.batch_size,):
-            raise EngineError(f"decode takes one token for each of the {state.batch_size} rows, not {tokens_B.shape}")
+        tokens_B = checks.one_token_per_row(tokens_B, state.batch_size)
         self._check_ids(tokens_B)
         longest = int(state.lengths.max()) + 1
         if longest > self.max_seq_len:
@@ -114,9 +109,8 @@ class OrtSession(RaggedSession):
         return self._run_single(step, state)[:, 0].copy()
 
     def _own(self, state: State) -> OrtState:
-        if not isinstance(state, OrtState) or state.config is not self._config:
-            raise EngineError("the state was made by another session; make one with this session's new_state")
-        return state
+        checks.own(isinstance(state, OrtState) and state.config is self._config)
+        return cast(OrtState, state)
 
     def _step(
         self,

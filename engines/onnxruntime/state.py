@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 import onnxruntime as ort
 
+from engines import checks
 from engines.config import EngineConfig, StateTensor
 from engines.errors import EngineError
 from engines.interface import RowSnapshot, check_start
@@ -121,18 +122,7 @@ class OrtState:
 
     def write_row(self, row: int, snapshot: RowSnapshot) -> None:
         row = self._row(row)
-        limit = self.config.limits.max_seq_len
-        if not 0 <= snapshot.length <= limit:
-            raise EngineError(f"the snapshot holds {snapshot.length} tokens, the engine's max_seq_len is {limit}")
-        parts = {"recurrent_state": snapshot.recurrent, "key": snapshot.key, "value": snapshot.value}
-        for spec in self.config.states:
-            dims = [dim if isinstance(dim, int) else snapshot.length for dim in spec.dims[1:]]
-            array = parts[spec.role].get(spec.layer)
-            if array is None or list(array.shape) != dims:
-                found = "none" if array is None else list(array.shape)
-                raise EngineError(
-                    f"the snapshot's {spec.role} of layer {spec.layer} is {found}, this engine needs {dims}"
-                )
+        parts = checks.fitting(snapshot, self.config)
         self.reserve(snapshot.length)
         for spec in self.config.states:
             target = self._buffers[spec.past][row]
@@ -147,9 +137,7 @@ class OrtState:
         self._lengths[row] = 0
 
     def _row(self, row: int) -> int:
-        if not 0 <= row < self.batch_size:
-            raise EngineError(f"row {row} does not exist; the state has rows 0 to {self.batch_size - 1}")
-        return row
+        return checks.existing(row, self.batch_size)
 
     def _buffer(self, layer: int, role: str) -> np.ndarray:
         for spec in self._of_layer(layer):

@@ -7,10 +7,11 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from engines import checks
 from engines.config import EngineConfig
 from engines.directory import read_config, verify_files
 from engines.errors import EngineError
@@ -120,17 +121,13 @@ class ParallelSession:
         return ParallelState(self, number, answers)
 
     def prefill(self, prompts: Sequence[Sequence[int]], state: State, chunk: int | None = None) -> np.ndarray:
-        rows = [np.asarray(prompt).reshape(-1) for prompt in prompts]
-        if len(rows) != state.batch_size:
-            raise EngineError(f"{len(rows)} prompts for a state of {state.batch_size} rows")
-        _check_integers(*rows)
-        ids = np.concatenate(rows).astype(np.int64)
+        rows = checks.prompt_rows(prompts, state.batch_size)
+        ids = np.concatenate(rows)
         counts = np.array([len(row) for row in rows], np.int64)
         return self._step(state, {"do": "prefill", "ids": ids, "counts": counts, "chunk": chunk})["logits"]
 
     def decode(self, tokens_B: np.ndarray | Sequence[int], state: State) -> np.ndarray:
-        tokens = np.asarray(tokens_B)
-        _check_integers(tokens)
+        tokens = checks.one_token_per_row(tokens_B, state.batch_size)
         return self._step(state, {"do": "decode", "tokens": tokens})["logits"]
 
     def forward(
@@ -141,16 +138,14 @@ class ParallelSession:
         positions: Positions = "last",
         taps: bool = False,
     ) -> StepResult:
-        ids, new = np.asarray(ids_BT), np.asarray(new_lengths_B)
-        _check_integers(ids, new)
+        ids, new = checks.integers(ids_BT), checks.integers(new_lengths_B)
         message = {"do": "forward", "ids": ids, "new": new, "positions": positions, "taps": taps}
         found = self._step(state, message)
         return StepResult(found["logits"], found["taps"])
 
     def _step(self, state: State, message: dict[str, Any]) -> dict[str, Any]:
-        if not isinstance(state, ParallelState) or state._session is not self:
-            raise EngineError("the state belongs to another session; make one with new_state of this session")
-        return state._ask(message)[0]
+        checks.own(isinstance(state, ParallelState) and state._session is self)
+        return cast(ParallelState, state)._ask(message)[0]
 
 
 class ParallelState:
@@ -202,14 +197,8 @@ class ParallelState:
 
     def write_row(self, row: int, snapshot: RowSnapshot) -> None:
         mapping = self._session.config.mapping
+        checks.fitting(snapshot, self._session.config)
         parts = {"recurrent": snapshot.recurrent, "key": snapshot.key, "value": snapshot.value}
-        for what, layers in parts.items():
-            for layer, array in layers.items():
-                if array.ndim != 3 or array.shape[0] != self._heads(what):
-                    raise EngineError(
-                        f"the snapshot's {what} of layer {layer} is {list(array.shape)}, this engine has "
-                        f"{self._heads(what)} heads there"
-                    )
 
         def message(rank: int) -> dict[str, Any]:
             mine = {
@@ -259,9 +248,3 @@ def _drop(processes: Callable[[], RankProcesses | None], number: int) -> None:
     alive = processes()
     if alive is not None:
         alive.forget(number)
-
-
-def _check_integers(*arrays: np.ndarray) -> None:
-    for array in arrays:
-        if array.size and not np.issubdtype(array.dtype, np.integer):
-            raise EngineError(f"token ids and lengths must be integers, not {array.dtype}")

@@ -9,10 +9,11 @@ Shape suffixes: B batch rows, T new tokens, P positions with logits, N vocabular
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from engines import checks
 from engines.config import EngineConfig
 from engines.errors import ENVIRONMENT, EngineError
 from engines.interface import State, StepResult
@@ -55,9 +56,10 @@ class TrtSession(RaggedSession):
             name: device.allocate(limits.max_batch_size * widths.get(name, 1) * 8) for name in _TOKEN_INPUTS
         }
         self._logits = device.allocate(limits.max_batch_size * positions * config.vocab_size * 4)
+        self._taps = {name: self._tap(name) for name in config.taps}
         self._weights = {name: self._upload(array) for name, array in weights.items()}
         for context in self._contexts:
-            for name, address in (self._inputs | self._weights | {"logits": self._logits}).items():
+            for name, address in self._addresses().items():
                 _check(context.set_tensor_address(name, address), f"binding {name}")
         # The decode step that the graph replays; any other step drops it.
         self._graph: tuple[Any, Any] | None = None
@@ -78,6 +80,23 @@ class TrtSession(RaggedSession):
         self._tick()
         return context
 
+    def _addresses(self) -> dict[str, int]:
+        """Of everything that every step binds alike."""
+        taps = {name: address for name, (address, _, _) in self._taps.items()}
+        return self._inputs | self._weights | taps | {"logits": self._logits}
+
+    def _tap(self, name: str) -> tuple[int, np.dtype, int]:
+        """Room for a tapped value [B, T, width], its type and its width."""
+        port = next((port for port in self._config.outputs if port.name == name), None)
+        if port is None or not isinstance(port.dims[-1], int):
+            raise EngineError(f"the engine gives out no {name}; rebuild the engine")
+        dtype, width, limits = np.dtype(port.dtype), port.dims[-1], self._config.limits
+        return (
+            self._device.allocate(limits.max_batch_size * limits.prefill_chunk * width * dtype.itemsize),
+            dtype,
+            width,
+        )
+
     def _upload(self, array: np.ndarray) -> int:
         address = int(self._device.allocate(array.nbytes))
         self._device.upload(address, np.ascontiguousarray(array))
@@ -85,16 +104,10 @@ class TrtSession(RaggedSession):
         return address
 
     def new_state(self, batch_size: int) -> TrtState:
-        if not 1 <= batch_size <= self.max_batch_size:
-            raise EngineError(
-                f"batch size {batch_size} is not within 1 and the engine's max_batch_size {self.max_batch_size}"
-            )
-        return TrtState(self._config, self._device, batch_size)
+        return TrtState(self._config, self._device, checks.batch_within(batch_size, self.max_batch_size))
 
     def decode(self, tokens_B: np.ndarray | Sequence[int], state: State) -> np.ndarray:
-        tokens_B = np.asarray(tokens_B)
-        if tokens_B.shape != (state.batch_size,):
-            raise EngineError(f"decode takes one token for each of the {state.batch_size} rows, not {tokens_B.shape}")
+        tokens_B = checks.one_token_per_row(tokens_B, state.batch_size)
         self._check_ids(tokens_B)
         ones_B = np.ones(state.batch_size, np.int64)
         self._check_lengths(self._own(state), ones_B)
@@ -102,9 +115,8 @@ class TrtSession(RaggedSession):
         return self._step(run, tokens_B[:, None], ones_B, np.zeros((state.batch_size, 1), np.int64), state).logits[:, 0]
 
     def _own(self, state: State) -> TrtState:
-        if not isinstance(state, TrtState) or state.config is not self._config:
-            raise EngineError("the state was made by another session; make one with this session's new_state")
-        return state
+        checks.own(isinstance(state, TrtState) and state.config is self._config)
+        return cast(TrtState, state)
 
     def _step(
         self, run: Run, ids_BT: np.ndarray, new_B: np.ndarray, wanted_RP: np.ndarray, state: Any, taps: bool = False
@@ -125,8 +137,13 @@ class TrtSession(RaggedSession):
         logits_RPN = np.empty((shapes.batch, shapes.positions, self.vocab_size), np.float32)
         assert logits_RPN.nbytes == shapes.logits_bytes(self.vocab_size)
         self._device.download(logits_RPN, self._logits)
+        found = {}
+        for name, (address, dtype, width) in self._taps.items() if taps else ():
+            tap_RTW = np.empty((shapes.batch, run.tokens, width), dtype)
+            self._device.download(tap_RTW, address)
+            found[name] = tap_RTW.astype(np.float32)
         self._tick()
-        return StepResult(logits_RPN[:, :positions])
+        return StepResult(logits_RPN[:, :positions], found)
 
     def _run(self, shapes: StepShapes, state: TrtState) -> None:
         """Enqueue one step. A decode step that comes again is captured after its second run, and replayed from its third:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from engines import checks
 from engines.config import EngineConfig
 from engines.errors import EngineError
 from engines.interface import RowSnapshot, check_start
@@ -87,19 +88,7 @@ class TrtState:
 
     def write_row(self, row: int, snapshot: RowSnapshot) -> None:
         row = self._row(row)
-        limit = self.config.limits.max_seq_len
-        if not 0 <= snapshot.length <= limit:
-            raise EngineError(f"the snapshot holds {snapshot.length} tokens, the engine's max_seq_len is {limit}")
-        parts = {"recurrent_state": snapshot.recurrent, "key": snapshot.key, "value": snapshot.value}
-        for layout in self.layouts:
-            spec = layout.spec
-            dims = [dim if isinstance(dim, int) else snapshot.length for dim in spec.dims[1:]]
-            array = parts[spec.role].get(spec.layer)
-            if array is None or list(array.shape) != dims:
-                found = "none" if array is None else list(array.shape)
-                raise EngineError(
-                    f"the snapshot's {spec.role} of layer {spec.layer} is {found}, this engine needs {dims}"
-                )
+        parts = checks.fitting(snapshot, self.config)
         for layout in self.layouts:
             array = parts[layout.spec.role][layout.spec.layer].astype(layout.dtype)
             for head, address in enumerate(self._heads(layout, row)):
@@ -146,9 +135,7 @@ class TrtState:
         raise EngineError(f"layer {layer} has no {role} in this engine")
 
     def _row(self, row: int) -> int:
-        if not 0 <= row < self.batch_size:
-            raise EngineError(f"row {row} does not exist; the state has rows 0 to {self.batch_size - 1}")
-        return row
+        return checks.existing(row, self.batch_size)
 
 
 def _free(device: Any, buffers: dict[str, int]) -> None:

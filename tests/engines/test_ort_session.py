@@ -286,6 +286,8 @@ def _bad_calls() -> Iterator[tuple]:
     yield "outside the vocabulary", lambda s, state: s.prefill([[N], [1]], state)
     yield "outside the vocabulary", lambda s, state: s.decode([-1, 0], state)
     yield "must be integers", lambda s, state: s.decode([0.5, 0.5], state)
+    yield "must be integers", lambda s, state: s.prefill([[0.5], [1]], state)
+    yield "must be integers", lambda s, state: s.forward([[1], [1]], [0.5, 1], state)
     yield "2 rows", lambda s, state: s.prefill([[1]], state)
     yield "one token for each", lambda s, state: s.decode([1, 2, 3], state)
     yield "at least 1 token", lambda s, state: s.prefill([[1], [1]], state, chunk=0)

@@ -117,6 +117,7 @@ def test_the_configuration_tells_the_whole_model(workshop: Workshop, pair: Paral
         (lambda s, state: s.decode([1], state), "one token for each of the 2 rows"),
         (lambda s, state: s.decode([0.5, 1.0], state), "must be integers"),
         (lambda s, state: s.prefill([[1]], state), "1 prompts for a state of 2 rows"),
+        (lambda s, state: s.prefill([[0.5], [1]], state), "must be integers"),
         (lambda s, state: s.prefill([[1] * (LIMIT + 1), []], state), "max_seq_len"),
         (lambda s, state: s.forward(np.zeros((2, 3), int), [4, 0], state), "new lengths"),
         (lambda s, state: state.key(0), "layer 0"),
@@ -222,7 +223,7 @@ def test_a_missing_launcher_is_an_environment_problem(workshop: Workshop) -> Non
 
 def test_too_few_ranks_are_noticed(workshop: Workshop, tmp_path: Path) -> None:
     body = "import os, sys; os.environ['PMI_RANK'] = '0'; os.execv(sys.argv[3], sys.argv[3:])"
-    with pytest.raises(EngineError, match=r"rank 1 did not start within|MPI says rank 0 of 1"):
+    with pytest.raises(EngineError, match=r"rank 1 did not start within|the launcher says rank 0 of 1"):
         load(workshop.engine(2, 1, 2), start_limit=4, launcher=fake_launcher(tmp_path, body))
 
 
