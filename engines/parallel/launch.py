@@ -104,6 +104,13 @@ class RankProcesses:
             raise
         raise AssertionError
 
+    def check_alive(self) -> None:
+        """Raise EngineError when a rank was lost since the last call, which nobody would notice before the next."""
+        if self._failure is None and self._process is not None and self._process.poll() is not None:
+            self._fail(self._lost_rank())
+        if self._failure is not None:
+            raise self._failure
+
     def forget(self, state: int) -> None:
         """Have the ranks drop a state with the next call; called from the garbage collector, at any moment."""
         self._forgotten.append(state)

@@ -95,6 +95,10 @@ class ParallelSession:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def check_alive(self) -> None:
+        """Raise EngineError when a rank was lost since the last call. Costs next to nothing: for whoever waits."""
+        self._processes.check_alive()
+
     def close(self) -> None:
         """End the ranks."""
         self._end()

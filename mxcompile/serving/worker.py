@@ -84,6 +84,7 @@ class Worker:
         self._tickets: dict[int, Ticket] = {}
         self._lock = threading.Lock()
         self._draining = False
+        self._check_alive = getattr(engine.session, "check_alive", None)
 
     def describe(self) -> dict[str, Any]:
         """The message that says what this engine takes."""
@@ -103,6 +104,8 @@ class Worker:
         try:
             while not (self._draining and self._scheduler.idle):
                 self._scheduler.wait(METRICS_EVERY_S / 2)
+                if self._scheduler.idle and self._check_alive is not None:
+                    self._check_alive()  # before a client finds out
                 self._scheduler.step()
                 if time.monotonic() - reported > METRICS_EVERY_S:
                     self._count_states()
@@ -114,6 +117,8 @@ class Worker:
         except BaseException:
             self._scheduler.fail_all("the engine failed; try again when it has been started anew")
             self._flush()
+            if self._sessions is not None:
+                self._sessions.flush()  # a session at rest is not the lost engine's
             raise
         if self._sessions is not None:
             self._sessions.flush()

@@ -170,6 +170,25 @@ def test_a_rank_killed_between_steps_ends_the_run(workshop: Workshop) -> None:
         session.decode([1], state)
 
 
+def test_a_rank_killed_at_rest_is_noticed(workshop: Workshop) -> None:
+    session = load(workshop.engine(2, 1, 2), threads=1)
+    state, pids = session.new_state(1), rank_pids(session)  # type: ignore[arg-type]
+    session.check_alive()
+    os.kill(pids[1], signal.SIGKILL)
+    end = time.monotonic() + 30
+
+    def wait() -> None:
+        while time.monotonic() < end:
+            session.check_alive()
+            time.sleep(0.05)
+
+    with pytest.raises(EngineError, match="rank") as caught:
+        wait()
+    assert caught.value.exit_code == 3
+    with pytest.raises(EngineError, match="rank"):
+        session.decode([1], state)
+
+
 def test_a_rank_killed_in_a_step_ends_the_run(workshop: Workshop) -> None:
     session = load(workshop.engine(2, 1, 2), threads=1)
     state, pids = session.new_state(1), rank_pids(session)  # type: ignore[arg-type]
