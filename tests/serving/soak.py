@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import platform
+import random
 import sys
 import tempfile
 import threading
@@ -96,6 +97,8 @@ def _run(
         threads.append(threading.Thread(target=killer.run, args=(0, end, kill_every_s)))
     threads.append(threading.Thread(target=_tell, args=(tally, end)))
     memory = Memory(server, lambda: sum(tally.counts.values())) if not kill_every_s else None
+    if kill_every_s:
+        _survive(server, killer, questions, tally)
     for thread in threads:
         thread.start()
     if memory is not None:
@@ -109,6 +112,18 @@ def _run(
 def _join(threads: list[threading.Thread], tally: Tally) -> None:
     for thread in threads:
         thread.join()
+
+
+def _survive(server: Served, killer: Killer, questions: Questions, tally: Tally) -> None:
+    """A rank is killed while nobody asks anything: it must be noticed all the same, and a session at rest must go on."""
+    first, second, *_ = questions.conversations[0]
+    session = {"session_id": "survivor"}
+    begun = triton_http(server, first.body | session | {"session_start": True}, stream=False)
+    killer.kill("rank", random.Random(0))
+    went_on = triton_http(server, second.body | session, stream=False)
+    for reply, turn in ((begun, first), (went_on, second)):
+        if reply.tokens != turn.answer.tokens:
+            tally.fault(f"a session beside a killed rank: {reply} instead of {turn.answer.tokens}")
 
 
 def _victims(server: Served, venv: Path, end: float) -> None:
