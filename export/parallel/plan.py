@@ -77,6 +77,18 @@ class Collective:
 
 
 @dataclass(frozen=True)
+class SegmentExchange:
+    """One exchange of a prefill chunk between the ranks that share its tokens (`export.parallel.context`)."""
+
+    of: str  # what is exchanged
+    operation: str  # "all_gather", or "all_reduce" (sum)
+    elements_per_sequence: int  # that each rank gives in, whatever the chunk's length
+    elements_per_token: int  # that each rank gives in besides, for every token of its segment
+    fp32: bool  # else in the type of the activations
+    count: int  # of them in a chunk
+
+
+@dataclass(frozen=True)
 class Part:
     """One rank's part of a parameter: a range of each axis."""
 
@@ -176,6 +188,20 @@ class ShardingPlan:
             Collective("out_proj and o_proj", "all_reduce", hidden, False, config.num_layers),
             Collective("experts", "all_reduce", hidden, False, config.num_layers),
             Collective("logits", "all_gather", config.vocab_size // self.mapping.tp_size, True, 1),
+        ]
+        return tuple(item for item in found if item.count)
+
+    def segment_exchanges(self) -> tuple[SegmentExchange, ...]:
+        """Every exchange of a prefill chunk over the ranks that share its tokens; empty where none do."""
+        config, lightning = self.config, len(self.config.lightning_layers)
+        if self.mapping.cp_size == 1:
+            return ()
+        state = self.state_elements_per_sequence() // max(1, lightning)
+        keys = self.cache_elements_per_token() // max(1, len(config.softmax_layers))
+        found = [
+            SegmentExchange("states that segments leave", "all_gather", state, 0, True, lightning),
+            SegmentExchange("keys and values", "all_gather", 0, keys, False, len(config.softmax_layers)),
+            SegmentExchange("hidden row with logits", "all_reduce", config.hidden_size, 0, False, 1),
         ]
         return tuple(item for item in found if item.count)
 

@@ -22,6 +22,14 @@ SCHEME_KEYS = ("bf16", "int8-experts", "int8", "int4-experts", "int4")
 @click.option("--moe-tp-size", type=int, metavar="N", help="Of them, how many share each expert's inner width.")
 @click.option("--moe-ep-size", type=int, metavar="N", help="Of them, how many share the experts out.")
 @click.option(
+    "--cp-size",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Sets of such GPUs, each with the whole model, that share the tokens of a long prompt.",
+)
+@click.option(
     "--gpu", "gpus", type=click.Choice(GPU_KEYS), multiple=True, help="GPU to plan for; repeatable.  [default: all]"
 )
 @click.option(
@@ -57,6 +65,7 @@ def command(
     tp_size: int,
     moe_tp_size: int | None,
     moe_ep_size: int | None,
+    cp_size: int,
     gpus: tuple[str, ...],
     weights: tuple[str, ...],
     contexts: tuple[str, ...],
@@ -79,7 +88,7 @@ def command(
 
     report = plan_report(
         _config(checkpoint, preset),
-        ParallelMapping.of(tp_size, moe_tp_size, moe_ep_size),
+        ParallelMapping.of(tp_size, moe_tp_size, moe_ep_size, cp_size),
         [known.gpu(key) for key in gpus or GPU_KEYS],
         [SCHEMES[key] for key in weights or SCHEME_KEYS],
         [parse_tokens(text) for text in contexts],
@@ -92,7 +101,14 @@ def command(
 
         print_json(report)
     else:
-        _print(report, batch_size)
+        _print(report, batch_size, prefill_chunk)
+
+
+def _copied(mapping: dict[str, int]) -> str:
+    """What ranks hold more than once."""
+    if mapping["cp_size"] > 1:
+        return "everything: every set of ranks has the whole model, all states and the whole cache"
+    return "norms, routers" + (", key/value heads" if mapping["tp_size"] > 8 else "")
 
 
 def _config(checkpoint: Path | None, preset: str | None) -> Any:
@@ -106,8 +122,8 @@ def _config(checkpoint: Path | None, preset: str | None) -> Any:
     return read_config(checkpoint / "config.json" if checkpoint.is_dir() else checkpoint)
 
 
-def _print(report: dict[str, Any], batch: int) -> None:
-    from mxcompile.cli.output import count_text, print_pairs, print_table
+def _print(report: dict[str, Any], batch: int, chunk: int) -> None:
+    from mxcompile.cli.output import bytes_text, count_text, print_pairs, print_table
     from mxcompile.planning.gpus import GPUS
     from mxcompile.planning.memory import SCHEMES, tokens_text
 
@@ -115,17 +131,32 @@ def _print(report: dict[str, Any], batch: int) -> None:
     print_pairs(
         "Plan",
         {
-            "ranks": f"{mapping['tp_size']} (experts: {mapping['moe_ep_size']} ranges x "
-            f"{mapping['moe_tp_size']} parts of the inner width)",
+            "ranks": f"{mapping['tp_size'] * mapping['cp_size']} (experts: {mapping['moe_ep_size']} ranges x "
+            f"{mapping['moe_tp_size']} parts of the inner width)"
+            + (f", in {mapping['cp_size']} sets that share a chunk's tokens" if mapping["cp_size"] > 1 else ""),
             "parameters": f"{parameters['total']:,}",
             "per rank": f"{max(parameters['per_rank']):,}",
-            "held more than once": f"{parameters['copies']:,} (norms, routers"
-            + (", key/value heads)" if mapping["tp_size"] > 8 else ")"),
+            "held more than once": f"{parameters['copies']:,} ({_copied(mapping)})",
             "state per sequence": f"{rank['state_bytes_per_sequence'] / 2**20:.1f} MiB per rank",
             "cache per token": f"{rank['cache_bytes_per_token']:,} bytes per rank",
             "collectives per step": str(sum(item["count"] for item in report["collectives"])),
         },
     )
+    if report["segment_exchanges"]:
+        print_table(
+            f"Exchanged over {mapping['cp_size']} sets of ranks in a prefill chunk of {tokens_text(chunk)} tokens",
+            ("what", "how", "times", "a rank receives", "grows with the chunk"),
+            [
+                (
+                    item["of"],
+                    item["operation"],
+                    str(item["count"]),
+                    bytes_text(item["bytes_received_per_chunk"]),
+                    "yes" if item["elements_per_token"] else "no",
+                )
+                for item in report["segment_exchanges"]
+            ],
+        )
     print_table(
         f"Memory per rank in GB, {batch} sequence{'s' if batch > 1 else ''}",
         (

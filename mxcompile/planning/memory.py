@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from export.errors import ExportError
-from export.parallel.mapping import ParallelMapping
 from export.parallel.plan import ShardingPlan
 from mxcompile.errors import MxcompileError
 from mxcompile.planning.gpus import Gpu
@@ -54,7 +53,8 @@ ASSUMPTIONS = (
     "and workspace (more where the workspace needs more)",
     "recurrent state fp32; 4-bit weights in groups of 128 with a 16-bit scale; 8-bit scales (below 0.1 %) left out",
     "workspace: activations of one prefill chunk in 16 bits with fp32 copies where the model widens, every token routed "
-    "to this rank, fp32 lm_head and logits; an upper bound, as engines reuse buffers",
+    "to this rank, fp32 lm_head and logits; an upper bound, as engines reuse buffers; ranks that share a chunk's tokens hold one "
+    "segment's activations, and one layer's gathered states, keys and values",
 )
 
 
@@ -129,7 +129,22 @@ def workspace_bytes(plan: ShardingPlan, demand: Demand) -> int:
         + 2 * chosen * (3 * config.intermediate_size // mapping.moe_tp_size + config.hidden_size)  # expanded by expert
     )
     head = 4 * config.vocab_size // mapping.tp_size * config.hidden_size + 4 * 2 * config.vocab_size * demand.batch
-    return max(demand.chunk, demand.batch) * per_token + head
+    segment = -(-demand.chunk // mapping.cp_size)
+    return max(segment, demand.batch) * per_token + head + gathered_bytes(plan, demand.batch, demand.chunk)
+
+
+def gathered_bytes(plan: ShardingPlan, batch: int, chunk: int) -> int:
+    """Most that one layer gathers from the ranks that share a chunk's tokens, with what is made of it: the states before and behind
+    each segment, or keys and values in two orders (16 bits).
+    """
+    sets = plan.mapping.cp_size
+    per_layer = [
+        2 * sets * batch * item.elements_per_sequence * STATE_BYTES
+        if item.fp32
+        else 2 * chunk * item.elements_per_token * 2
+        for item in plan.segment_exchanges()
+    ]
+    return max(per_layer, default=0)
 
 
 def rank_memory(plan: ShardingPlan, demand: Demand, rank: int = 0) -> RankMemory:
@@ -176,7 +191,7 @@ def _enough_ranks(plan: ShardingPlan, demand: Demand, budget: int) -> int | None
     mapping = plan.mapping
     for factor in (2, 4, 8):
         with contextlib.suppress(ExportError):
-            wider = ParallelMapping(factor * mapping.tp_size, factor * mapping.moe_tp_size, mapping.moe_ep_size)
+            wider = replace(mapping, tp_size=factor * mapping.tp_size, moe_tp_size=factor * mapping.moe_tp_size)
             if weight_bytes(ShardingPlan(plan.config, wider), demand.scheme, 0) <= budget:
-                return wider.tp_size
+                return len(wider.ranks)
     return None

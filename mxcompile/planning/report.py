@@ -39,6 +39,7 @@ def plan_report(
             "tp_size": mapping.tp_size,
             "moe_tp_size": mapping.moe_tp_size,
             "moe_ep_size": mapping.moe_ep_size,
+            "cp_size": mapping.cp_size,
         },
         "parameters": _parameters(plan),
         "collectives": [
@@ -51,6 +52,18 @@ def plan_report(
             }
             for item in plan.collectives()
         ],
+        "segment_exchanges": [
+            {
+                "of": item.of,
+                "operation": item.operation,
+                "elements_per_sequence": item.elements_per_sequence,
+                "elements_per_token": item.elements_per_token,
+                "fp32": item.fp32,
+                "count": item.count,
+                "bytes_received_per_chunk": roofline.segment_bytes(plan, chunk, cache_bytes)[item.of],
+            }
+            for item in plan.segment_exchanges()
+        ],
         "per_rank": {
             "state_bytes_per_sequence": plan.state_elements_per_sequence() * memory.STATE_BYTES,
             "cache_bytes_per_token": plan.cache_elements_per_token() * cache_bytes,
@@ -62,7 +75,7 @@ def plan_report(
             for scheme in schemes
             for context in contexts
         ],
-        "prefill": [_prefill(plan, gpu, context) for gpu in gpus for context in contexts],
+        "prefill": [_prefill(plan, gpu, context, chunk) for gpu in gpus for context in contexts],
         "decode": [
             _decode(plan, gpu, scheme, size, context, cache_bytes)
             for gpu in gpus
@@ -108,8 +121,8 @@ def _fit(plan: ShardingPlan, demand: memory.Demand, gpu: Gpu) -> dict[str, Any]:
     }
 
 
-def _prefill(plan: ShardingPlan, gpu: Gpu, context: int) -> dict[str, Any]:
-    found = roofline.prefill(plan, gpu, context)
+def _prefill(plan: ShardingPlan, gpu: Gpu, context: int, chunk: int) -> dict[str, Any]:
+    found = roofline.prefill(plan, gpu, context, chunk)
     return {
         "gpu": gpu.key,
         "context": context,

@@ -21,7 +21,9 @@ ASSUMPTIONS = (
     "prefill: lm_head for the last token only, lightning in dense blocks of 256 tokens; weights are read once and do not count",
     "decode: uniform routing decides how many experts a batch touches; every touched expert is read once per step, the "
     "embedding is not read; states are read and written, the cache is read",
-    "exchange: ring all-reduce of 16-bit activations over NVLink; shown beside the bound, as it can overlap",
+    "exchange: ring all-reduce of 16-bit activations over NVLink, between all ranks; shown beside the bound, as it can overlap",
+    "ranks that share a chunk's tokens also gather fp32 states once per chunk, and keys and values; in the first chunks later segments "
+    "see more keys, which balance leaves out; decode gains nothing from these ranks",
 )
 
 
@@ -97,9 +99,21 @@ def touched_experts(config: ModelConfig, batch: int) -> float:
     return experts * (1 - (1 - config.num_experts_per_tok / experts) ** batch)
 
 
-def prefill(plan: ShardingPlan, gpu: Gpu, context: int) -> Prefill:
-    """A prompt of `context` tokens on one `gpu` per rank."""
-    config, ranks = plan.config, plan.mapping.tp_size
+def segment_bytes(plan: ShardingPlan, tokens: int, cache_bytes: int = 2) -> dict[str, int]:
+    """Bytes that a rank receives from the ranks with which it shares a chunk of `tokens` tokens of one sequence, by what they are."""
+    others, segment = plan.mapping.cp_size - 1, -(-tokens // plan.mapping.cp_size)
+    return {
+        item.of: item.count
+        * others
+        * (item.elements_per_sequence + segment * item.elements_per_token)
+        * (STATE_BYTES if item.fp32 else cache_bytes)
+        for item in plan.segment_exchanges()
+    }
+
+
+def prefill(plan: ShardingPlan, gpu: Gpu, context: int, chunk: int = 4096) -> Prefill:
+    """A prompt of `context` tokens on one `gpu` per rank, in chunks of `chunk` tokens."""
+    config, ranks, parts = plan.config, len(plan.mapping.ranks), plan.mapping.tp_size
     softmax = softmax_flops(config, 1) * context * (context + 1) / 2
     flops = (
         (matmul_flops(config) + lightning_flops(config, decode=False)) * context + head_flops(config) + float(softmax)
@@ -109,7 +123,10 @@ def prefill(plan: ShardingPlan, gpu: Gpu, context: int) -> Prefill:
         for item in plan.collectives()
         if item.operation == "all_reduce"
     )
-    exchange = context * per_token * 2 * (ranks - 1) / ranks / gpu.link
+    exchange = context / plan.mapping.cp_size * per_token * 2 * (parts - 1) / parts / gpu.link
+    whole, rest = divmod(context, chunk)
+    for tokens, times in ((chunk, whole), (rest, 1 if rest else 0)):
+        exchange += times * sum(segment_bytes(plan, tokens).values()) / gpu.link
     return Prefill(context, flops, flops / (ranks * gpu.bf16), softmax / flops, exchange)
 
 

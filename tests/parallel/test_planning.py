@@ -15,7 +15,14 @@ from mxcompile.cli.plan import command
 from mxcompile.errors import MxcompileError
 from mxcompile.planning.gpus import gpu
 from mxcompile.planning.memory import SCHEMES, Demand, WeightScheme, fit, parse_tokens, rank_memory, weight_bytes
-from mxcompile.planning.roofline import decode, matmul_flops, prefill, softmax_flops, touched_experts
+from mxcompile.planning.roofline import (
+    decode,
+    matmul_flops,
+    prefill,
+    segment_bytes,
+    softmax_flops,
+    touched_experts,
+)
 
 PLAN = ShardingPlan(preset("text-01"), ParallelMapping.of(8, moe_ep_size=8))
 K, M = 1024, 1024**2
@@ -141,6 +148,34 @@ def test_touched_experts(batch: int, experts: float) -> None:
     assert touched_experts(preset("text-01"), batch) == pytest.approx(experts, abs=0.05)
 
 
+@pytest.mark.parametrize(("tp_size", "cp_size"), [(1, 2), (8, 4)])
+def test_what_ranks_exchange_that_share_a_chunk(tp_size: int, cp_size: int) -> None:
+    plan = ShardingPlan(preset("text-01"), ParallelMapping.of(tp_size, cp_size=cp_size))
+    # 70 layers of 64 heads with fp32 states of 128 x 128, and 40,960 bytes of bf16 keys and values per token (facts, 8.3)
+    states = (cp_size - 1) * 70 * 64 * 128 * 128 * 4 // tp_size
+    for chunk in (4 * K, 64 * K):
+        found = segment_bytes(plan, chunk)
+        assert found["states that segments leave"] == states
+        assert found["keys and values"] == (cp_size - 1) * (chunk // cp_size) * 40_960 // tp_size
+    assert segment_bytes(PLAN, 4 * K) == {}
+
+
+def test_ranks_that_share_a_chunk_hold_everything_and_divide_the_arithmetic() -> None:
+    two = ShardingPlan(preset("text-01"), ParallelMapping.of(8, moe_ep_size=8, cp_size=2))
+    demand = Demand(SCHEMES["int8-experts"], M)
+    one, shared = rank_memory(PLAN, demand), rank_memory(two, demand)
+    assert (shared.weights, shared.state, shared.cache) == (one.weights, one.state, one.cache)
+    assert shared.workspace < one.workspace
+    h20 = gpu("h20")
+    assert prefill(two, h20, M).seconds == pytest.approx(prefill(PLAN, h20, M).seconds / 2)
+    # Of 256 chunks: half of the all-reduces, and 35 MiB of states and 10 MiB of keys and values in each.
+    exchanged = prefill(PLAN, h20, M).exchange_seconds / 2 + 256 * (45 * 2**20 + 6144 * 2) / h20.link
+    assert prefill(two, h20, M).exchange_seconds == pytest.approx(exchanged)
+    assert decode(two, h20, SCHEMES["int8"], 1, M).seconds == decode(PLAN, h20, SCHEMES["int8"], 1, M).seconds
+    too_much = fit(ShardingPlan(preset("text-01"), ParallelMapping.of(8, cp_size=2)), Demand(SCHEMES["bf16"], M), h20)
+    assert "take 32 such GPUs" in too_much.reason  # twice the ranks in each of the two sets
+
+
 @pytest.mark.parametrize(("text", "tokens"), [("5000", 5000), ("128k", 131072), ("1M", 1048576), ("4m", 4194304)])
 def test_token_counts(text: str, tokens: int) -> None:
     assert parse_tokens(text) == tokens
@@ -165,6 +200,18 @@ def test_command_prints_json_and_tables() -> None:
     table = CliRunner().invoke(command, ["--gpu", "h20", "--weights", "int8"], catch_exceptions=False).stdout
     assert "456,089,655,296" in table
     assert "Assumptions:" in table
+
+
+def test_command_shows_what_a_chunk_costs() -> None:
+    arguments = ["--gpu", "h20", "--weights", "int8", "--tp-size", "8", "--cp-size", "2"]
+    report = json.loads(CliRunner().invoke(command, [*arguments, "--json"], catch_exceptions=False).stdout)
+    assert report["mapping"]["cp_size"] == 2
+    assert sum(report["parameters"]["per_rank"]) - report["parameters"]["copies"] == 456_089_655_296
+    assert [item["bytes_received_per_chunk"] for item in report["segment_exchanges"]] == [35 * 2**20, 10 * 2**20, 12288]
+    table = CliRunner().invoke(command, arguments, catch_exceptions=False).stdout
+    assert "in 2 sets that share a chunk's tokens" in table
+    assert "every set of ranks has the whole model" in table
+    assert "35.0 MiB" in table
 
 
 def test_command_reads_the_configuration_of_a_checkpoint(tmp_path) -> None:  # type: ignore[no-untyped-def]
