@@ -168,7 +168,7 @@ class Row:
         else:
             self._tokens.append(token)
             if self.config.logprobs is not None:
-                logprobs = _logprobs(logits_N, token, self.config.logprobs)
+                logprobs = token_logprobs(logits_N, token, self.config.logprobs)
                 self._logprobs.append(logprobs)
             if self._detokenizer is not None:
                 text = self._stops.feed(self._detokenizer.push(token))
@@ -199,7 +199,8 @@ class Row:
         )
 
 
-def _logprobs(logits_N: NDArray[np.floating], token: int, count: int) -> TokenLogprobs:
+def token_logprobs(logits_N: NDArray[np.floating], token: int, count: int) -> TokenLogprobs:
+    """Log-probability of `token` and of the `count` likeliest tokens, by the logits before it."""
     values_N = log_softmax(logits_N)
     top = [int(i) for i in top_k_ids(values_N, count)] if count else []
     return TokenLogprobs(float(values_N[token]), tuple((i, float(values_N[i])) for i in top))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from engines.generation import TokenEvent, TokenLogprobs
-from mxcompile.serving.requests import Event, Failed, Finished
+from mxcompile.serving.requests import Event, Failed, Finished, PromptRead
 from mxcompile.tokenizer import Tokenizer
 
 logger = logging.getLogger("mxcompile.serving")
@@ -38,6 +38,8 @@ class Relay:
         self._named = {name: value for name, value in named.items() if value}
         self._open, self._failed, self._answers = answers, False, answers
         self._prefixes = [prefix] * answers
+        self._prompt: list[str] = []  # descriptions of the prompt's tokens, which precede those of every answer
+        self._tells_prompt = [True] * answers
         self._last: list[TokenEvent | None] = [None] * answers
         self._totals = {"prompt_tokens": 0, "cached_tokens": 0, "output_tokens": 0}
         self._arrived = time.monotonic()
@@ -54,6 +56,8 @@ class Relay:
 
     def _receive(self, answer: int, event: Event) -> None:
         match event:
+            case PromptRead(tokens, logprobs):
+                self._prompt = self._describe(tokens, [None, *logprobs])
             case TokenEvent():
                 self._first = self._first or time.monotonic() - self._arrived
                 self._last[answer] = event
@@ -89,10 +93,15 @@ class Relay:
         if self._answers > 1:
             message["choice"] = answer
         if self._details is not False:
-            tokenizer = self._details if isinstance(self._details, Tokenizer) else None
-            pairs = zip(ids, logprobs, strict=True)
-            message["details"] = [json.dumps(describe(token, entry, tokenizer)) for token, entry in pairs]
+            message["details"] = self._describe(ids, logprobs)
+            if self._tells_prompt[answer]:
+                self._tells_prompt[answer] = False
+                message["details"] = self._prompt + message["details"]
         self._message(message)
+
+    def _describe(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> list[str]:
+        tokenizer = self._details if isinstance(self._details, Tokenizer) else None
+        return [json.dumps(describe(*pair, tokenizer)) for pair in zip(tokens, logprobs, strict=True)]
 
     def _message(self, message: dict[str, Any]) -> None:
         self._send([message | {"id": self._number}])
@@ -104,13 +113,17 @@ class Relay:
         logger.info(json.dumps({"event": "request", "id": self._number} | self._named | answers | values | seconds))
 
 
-def describe(token: int, logprobs: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """A drawn token as the value of the output `token_details`: id, text, bytes, log-probability, and likeliest ones."""
+def describe(token: int, logprobs: TokenLogprobs | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """A token as the value of the output `token_details`: id, text, bytes, log-probability, and the likeliest ones. A
+    prompt's first token has no log-probability.
+    """
 
-    def entry(token: int, logprob: float) -> dict[str, Any]:
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
         data = None if tokenizer is None else tokenizer.token_bytes(token)
         text = f"token_id:{token}" if data is None else data.decode(errors="replace")
-        logprob = max(logprob, _LOWEST_LOGPROB)
+        logprob = None if logprob is None else max(logprob, _LOWEST_LOGPROB)
         return {"id": token, "token": text, "bytes": None if data is None else list(data), "logprob": logprob}
 
+    if logprobs is None:
+        return entry(token, None) | {"top": []}
     return entry(token, logprobs.chosen) | {"top": [entry(*one) for one in logprobs.top]}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from engines.generation import GenerationConfig, GenerationResult, TokenEvent
+from engines.generation import GenerationConfig, GenerationResult, TokenEvent, TokenLogprobs
 from mxcompile.errors import MxcompileError
 
 # invalid: the request can never be served as it is; limited: not now, this client has too many already; unavailable:
@@ -40,7 +40,15 @@ class Failed:
     message: str
 
 
-Event = TokenEvent | Finished | Failed
+@dataclass(frozen=True)
+class PromptRead:
+    """The prompt was read: its tokens, and the log-probability of each but the first, which nothing precedes."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs]
+
+
+Event = PromptRead | TokenEvent | Finished | Failed
 Emit = Callable[[Event], None]
 
 
@@ -50,7 +58,9 @@ class Request:
 
     `session` continues the named session: `prompt` then follows what it holds. `session_start` begins it anew.
     `client` is whom to be fair to. `others` are further answers to the same prompt, which is read once for all; each
-    has events of its own. `emit` must not block and must not call the scheduler.
+    has events of its own. `prompt_logprobs` asks for a PromptRead before the first token, to the first answer, with so
+    many of the likeliest tokens; the prompt is then read whole and in small pieces. `emit` must not block and must not
+    call the scheduler.
     """
 
     prompt: list[int]
@@ -60,6 +70,7 @@ class Request:
     session_start: bool = False
     client: str = ""
     others: tuple[tuple[GenerationConfig, Emit], ...] = ()
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)

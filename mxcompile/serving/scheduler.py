@@ -30,15 +30,25 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engines.generation import GenerationConfig, GenerationError
-from engines.generation.generate import Detokenizer, Row, check_prompt
+from engines.generation import GenerationConfig, GenerationError, TokenLogprobs
+from engines.generation.generate import Detokenizer, Row, check_prompt, token_logprobs
 from engines.interface import RowSnapshot, Session
 from mxcompile.serving.cache import SessionStore, StateCache
 from mxcompile.serving.fair_queue import FairQueue
 from mxcompile.serving.metrics import Metrics
-from mxcompile.serving.requests import MOST_ANSWERS, Emit, Failed, Finished, Limits, Request, RequestError
+from mxcompile.serving.requests import (
+    MOST_ANSWERS,
+    Emit,
+    Failed,
+    Finished,
+    Limits,
+    PromptRead,
+    Request,
+    RequestError,
+)
 
 Ticket = int
+_SCORED_AT_ONCE = 16  # tokens; each has a row of logits for every slot: 8 slots of Text-01 make 0.1 GB
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class _Job:
     slot: int = -1
     row: Row | None = None
     fed: int = 0
+    scores: list[TokenLogprobs] = field(default_factory=list)  # of the prompt from its second token on, if asked for
     keys: list[bytes] = field(default_factory=list)  # of the prompt's whole blocks, where the prefix cache is asked
     past: int = 0  # tokens of the session before this request
     cached: int = 0
@@ -198,6 +209,10 @@ class Scheduler:
         if request.session is not None:
             if request.others:
                 raise RequestError("a session goes on with one answer; ask for one")
+            if request.prompt_logprobs is not None:
+                raise RequestError(
+                    "a session's prompt has no log-probabilities of its own; send the whole conversation"
+                )
             if self._sessions is None:
                 raise RequestError("this server keeps no sessions; send the whole conversation without session_id")
             if request.session in self._busy_sessions:
@@ -275,7 +290,7 @@ class Scheduler:
                 return
             prompt, found = [*saved.unfed, *prompt], saved.snapshot
             job.past = job.cached = found.length
-        elif self._cache is not None:
+        elif self._cache is not None and request.prompt_logprobs is None:
             job.keys = self._cache.keys(prompt)
             # At least one token must be read, for its logits.
             found = self._cache.find(job.keys[: (len(prompt) - 1) // self._chunk])
@@ -320,29 +335,50 @@ class Scheduler:
         if not parts:
             return
         self.metrics.prompt_tokens(spent)
-        logits_BN = self._read(parts)
+        plain = [(job, part) for job, part in parts if job.request.prompt_logprobs is None]
+        logits = {job.slot: logits_N for (job, _), logits_N in zip(plain, self._read(plain), strict=True)}
         for job, part in parts:
+            if job.request.prompt_logprobs is not None:
+                logits[job.slot] = self._score(job, part, job.request.prompt_logprobs)
             job.fed += len(part)
             if self._cache is not None and job.keys and len(part) == self._chunk:
                 self._cache.store(job.keys[: job.fed // self._chunk], self._state, job.slot)
             if job.fed == len(job.sequence.prompt):
+                if job.request.prompt_logprobs is not None:
+                    job.emit(PromptRead(job.sequence.prompt, job.scores))
                 if job.unborn:
-                    self._fork(job, logits_BN[job.slot])
-                self._draw(job, logits_BN[job.slot])
+                    self._fork(job, logits[job.slot])
+                self._draw(job, logits[job.slot])
             else:
                 self._reading.append(job)
 
-    def _read(self, parts: list[tuple[_Job, list[int]]]) -> np.ndarray:
-        """One chunk for each of some slots; logits [B, N] after its last token where a prompt ends with it."""
-        slots, longest = len(self._slots), max(len(part) for _, part in parts)
+    def _read(self, parts: list[tuple[_Job, list[int]]]) -> list[np.ndarray]:
+        """One chunk for each of some slots; for each the logits [N] after its last token, of use where a prompt ends."""
+        slots, longest = len(self._slots), max((len(part) for _, part in parts), default=0)
+        if not parts:
+            return []
         ids_BT, new_B = np.zeros((slots, longest), np.int64), np.zeros(slots, np.int64)
         for job, part in parts:
             ids_BT[job.slot, : len(part)], new_B[job.slot] = part, len(part)
         if any(job.fed + len(part) == len(job.sequence.prompt) for job, part in parts):
-            return self._session.forward(ids_BT, new_B, self._state).logits[:, 0]
+            logits_BN = self._session.forward(ids_BT, new_B, self._state).logits[:, 0]
+            return [logits_BN[job.slot] for job, _ in parts]
         # No position is asked for: logits cost a product with the whole vocabulary.
-        none_B0 = np.zeros((slots, 0), np.int64)
-        return self._session.forward(ids_BT, new_B, self._state, positions=none_B0).logits
+        self._session.forward(ids_BT, new_B, self._state, positions=np.zeros((slots, 0), np.int64))
+        return [np.zeros(0)] * len(parts)
+
+    def _score(self, job: _Job, part: list[int], top: int) -> np.ndarray:
+        """One chunk of a prompt whose tokens' log-probabilities are wanted; the logits [N] after its last token."""
+        slots, prompt = len(self._slots), job.sequence.prompt
+        for at in range(0, len(part), _SCORED_AT_ONCE):
+            piece = part[at : at + _SCORED_AT_ONCE]
+            ids_BT, new_B = np.zeros((slots, len(piece)), np.int64), np.zeros(slots, np.int64)
+            ids_BT[job.slot], new_B[job.slot] = piece, len(piece)
+            logits_TN = self._session.forward(ids_BT, new_B, self._state, positions="all").logits[job.slot]
+            for after, logits_N in enumerate(logits_TN, start=job.fed + at + 1):
+                if after < len(prompt):
+                    job.scores.append(token_logprobs(logits_N, prompt[after], top))
+        return logits_TN[-1]
 
     def _fork(self, job: _Job, logits_N: np.ndarray) -> None:
         """Let the further answers wait for slots, before the other requests of their client."""

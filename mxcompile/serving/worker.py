@@ -26,7 +26,7 @@ from mxcompile.serving.relay import Relay
 from mxcompile.serving.requests import MOST_ANSWERS, Limits, Request, RequestError
 from mxcompile.serving.scheduler import Scheduler, Ticket
 from mxcompile.serving.state_file import engine_digest
-from mxcompile.serving.wire import Wire
+from mxcompile.serving.wire import Wire, WireError
 
 logger = logging.getLogger("mxcompile.serving")
 METRICS_EVERY_S = 1.0
@@ -139,8 +139,20 @@ class Worker:
     def _flush(self) -> None:
         with self._lock:
             out, self._out = self._out, []
-        if out:
+        if not out:
+            return
+        try:
             self._wire.send(out)
+        except WireError:  # too long together: details of very many tokens
+            for message in out:
+                self._send_alone(message)
+
+    def _send_alone(self, message: dict[str, Any]) -> None:
+        try:
+            self._wire.send([message])
+        except WireError:
+            text = "the answer with all its details is too long to send; ask for fewer alternatives, or stream it"
+            self._wire.send([{"is": "failed", "id": message["id"], "kind": "invalid", "message": text}])
 
     def _listen(self) -> None:
         while (messages := self._wire.receive()) is not None:
@@ -195,6 +207,9 @@ class Worker:
             stop_strings=tuple(message.get("stop_words", ())),
             logprobs=top if top is not None else 0 if message.get("return_log_probs") else None,
         )
+        scores = bool(message.get("prompt_log_probs"))
+        if scores and top is None:
+            raise RequestError("prompt_log_probs needs top_log_probs, the number of likeliest tokens to tell")
         tokenizer = self._engine.tokenizer
         prompt = self._engine.tokens(given[0])
         prefix = ""
@@ -218,6 +233,7 @@ class Worker:
             session=message.get("session_id"),
             session_start=bool(message.get("session_start")),
             client=named["client"],
+            prompt_logprobs=top if scores else None,
             # Each further answer has the next seed, so that it can be had alone.
             others=tuple(
                 (dataclasses.replace(config, seed=(config.seed + index) % 2**64), relay.of(index))

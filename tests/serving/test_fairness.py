@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scheduler import PROMPTS, Client, alone, ask, plain, run
-from toy_session import ToySession
+from toy_session import ToySession, logits_of
 
 from engines.generation import GenerationConfig
+from mxcompile.serving.cache import MemoryBudget, StateCache
 from mxcompile.serving.fair_queue import FairQueue
-from mxcompile.serving.requests import Finished, Limits, Request, RequestError
+from mxcompile.serving.requests import Finished, Limits, PromptRead, Request, RequestError
 from mxcompile.serving.scheduler import Scheduler
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=4, max_size=12)
@@ -178,6 +180,34 @@ def test_several_answers_are_single_answers_and_read_the_prompt_once(prompt, cou
     if leave is None:
         assert scheduler.metrics.counts["prompt_tokens_total"] == len(prompt) + 3
         assert scheduler.metrics.ends["finished"] == 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(PROMPTS, min_size=1, max_size=4), st.integers(1, 3), st.sampled_from([None, 3, 40]))
+def test_the_logprobs_of_prompts_are_by_definition(prompts, slots, budget):
+    """Beside other requests, with chunks longer and shorter than what is scored at once, and further answers."""
+    cache = StateCache(MemoryBudget(10**6), 24, "engine")
+    session = ToySession(max_batch_size=slots, chunk=24)
+    scheduler = Scheduler(session, limits=Limits(prefill_budget=budget), cache=cache)
+    config, asked = GenerationConfig(max_new_tokens=2), []
+    for index, prompt in enumerate(prompts * 2):
+        first, other = Client(), Client()
+        scheduler.submit(Request(prompt, config, first, others=((config, other),), prompt_logprobs=index % 3))
+        asked.append((prompt, first, other, ask(scheduler, prompt, config)[0], index % 3))
+    run(scheduler)
+    for prompt, first, other, plain_one, top in asked:
+        read = first.events[0]
+        assert isinstance(read, PromptRead)
+        assert read.tokens == prompt
+        for at, entry in enumerate(read.logprobs, start=1):
+            scores = logits_of(prompt[:at]).astype(np.float64)
+            scores -= np.log(np.exp(scores).sum())
+            assert entry.chosen == pytest.approx(scores[prompt[at]])
+            assert [value for _, value in entry.top] == pytest.approx(sorted(scores, reverse=True)[:top])
+        assert len(read.logprobs) == len(prompt) - 1
+        for client in (first, other, plain_one):
+            assert plain(client.end.result) == alone(prompt, config)
+        assert not any(isinstance(event, PromptRead) for event in other.events + plain_one.events)
 
 
 def test_several_answers_have_limits():

@@ -65,7 +65,6 @@ def test_completions_equal_a_single_run(client, loaded, prompt):
         (dict(prompt=[]), 400, "prompt: give 1 to 128"),
         (dict(prompt=["a", "b"], extra_body={"session_id": "s"}), 400, "session_id: a session takes one prompt"),
         (dict(logprobs=21), 400, "logprobs: "),
-        (dict(logprobs=0, echo=True), 400, "echo: not with logprobs"),
         (dict(n=129), 400, "n: "),
         (dict(n=2, extra_body={"session_id": "s", "session_start": True}), 400, "a session goes on with one answer"),
         (dict(best_of=2), 400, "best_of: only 1"),
@@ -220,6 +219,33 @@ def test_echo_and_penalties(client, loaded, prompt):
     assert client.completions.create(**asked).choices[0].text == text + expected.text
     pieces = client.completions.create(**asked, stream=True)
     assert "".join(piece.choices[0].text for piece in pieces) == text + expected.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echoed_prompts_have_logprobs_too(client, loaded, stream):
+    """As evaluation harnesses ask for them: a prompt of several chunks, and one token more."""
+    prompt = loaded.tokens("The layers remember what softmax would have to look up again and again. " * 2)
+    assert len(prompt) > 64
+    rows_TN = log_softmax_of_the_engine(loaded, prompt[:1], prompt[1:])
+    asked = dict(model="mxcompile", prompt=prompt, echo=True, logprobs=3, max_tokens=1, temperature=0, stream=stream)
+    joined = {name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
+    text, made = "", client.completions.create(**asked)
+    for piece in made if stream else [made]:
+        text += piece.choices[0].text
+        if piece.choices[0].logprobs:
+            for name, values in joined.items():
+                values += getattr(piece.choices[0].logprobs, name)
+    answer = loaded.generate([prompt], max_new_tokens=1)[0]
+    assert text == loaded.tokenizer.decode(prompt) + answer.text == "".join(joined["tokens"])
+    assert (joined["token_logprobs"][0], joined["top_logprobs"][0]) == (None, None)
+    found = joined["token_logprobs"][1 : len(prompt)]
+    assert found == pytest.approx([row_N[token] for row_N, token in zip(rows_TN, prompt[1:], strict=True)], abs=1e-3)
+    for top, row_N, token in zip(joined["top_logprobs"][1 : len(prompt)], rows_TN, prompt[1:], strict=True):
+        expected = [*sorted(row_N, reverse=True)[:3], row_N[token]]
+        assert max(top.values()) == pytest.approx(expected[0], abs=1e-3)
+        # Fewer where several tokens have the same text: parts of characters.
+        assert all(min(abs(value - other) for other in expected) < 1e-3 for value in top.values())
+    assert len(joined["tokens"]) == len(prompt) + len(answer.tokens)
 
 
 def test_a_forced_call_names_its_function(client, loaded):

@@ -65,6 +65,7 @@ class ToySession:
 
     def forward(self, ids_BT, new_lengths_B, state, positions="last", taps=False):
         assert not taps
+        before = [list(seen) for seen in state.history]
         for row, new in enumerate(new_lengths_B):
             state.history[row] += [int(token) for token in ids_BT[row, :new]]
             assert len(state.history[row]) <= self.max_seq_len
@@ -72,6 +73,12 @@ class ToySession:
         if not isinstance(positions, str):
             assert positions.shape == (state.batch_size, 0)
             return StepResult(np.zeros((state.batch_size, 0, VOCABULARY), np.float32))
+        if isinstance(positions, str) and positions == "all":
+            logits_BTN = np.zeros((state.batch_size, ids_BT.shape[1], VOCABULARY), np.float32)
+            for row, new in enumerate(new_lengths_B):
+                for at in range(new):
+                    logits_BTN[row, at] = logits_of([*before[row], *(int(token) for token in ids_BT[row, : at + 1])])
+            return StepResult(logits_BTN)
         logits_BN = np.stack([logits_of(seen) for seen in state.history])
         logits_BN[np.asarray(new_lengths_B) == 0] = 0
         return StepResult(logits_BN[:, None])

@@ -169,10 +169,8 @@ class CompletionBody(Common):
         if not 1 <= len(prompts) <= MOST_PROMPTS:
             raise MxcompileError(f"prompt: give 1 to {MOST_PROMPTS} of them, not {len(prompts)}")
         more: dict[str, Any] = {"max_tokens": self.max_tokens or COMPLETION_TOKENS}
-        if self.echo and self.logprobs is not None:
-            raise MxcompileError("echo: not with logprobs: the prompt's own log-probabilities are not computed here")
         if self.echo:
-            more["echo"] = True
+            more |= {"echo": True} | ({"prompt_log_probs": True} if self.logprobs is not None else {})
         if self.logprobs is not None:
             more["top_log_probs"] = self.logprobs
         if self.session_id is not None:

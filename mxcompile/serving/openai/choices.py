@@ -97,7 +97,7 @@ class TextChoice:
         return {
             "tokens": [entry["token"] for entry in details],
             "token_logprobs": [entry["logprob"] for entry in details],
-            "top_logprobs": [_by_text(entry) for entry in details],
+            "top_logprobs": [None if entry["logprob"] is None else _by_text(entry) for entry in details],
             "text_offset": offsets,
         }
 

@@ -40,6 +40,7 @@ SCALARS = {
     "end_id": int,
     "return_log_probs": bool,
     "top_log_probs": int,
+    "prompt_log_probs": bool,
     "n": int,
     "echo": bool,
     "session_start": bool,

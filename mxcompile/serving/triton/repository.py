@@ -36,6 +36,7 @@ INPUTS = (
     ("end_id", "TYPE_INT32", 1, "Token that ends the answer; -1: none. Default: the model's own."),
     ("return_log_probs", "TYPE_BOOL", 1, "Also return output_log_probs. Default false."),
     ("top_log_probs", "TYPE_INT32", 1, "Also return token_details, with this many of the likeliest tokens (0 to 20)."),
+    ("prompt_log_probs", "TYPE_BOOL", 1, "Let token_details begin with the prompt's tokens. Needs top_log_probs."),
     ("n", "TYPE_INT32", 1, "Answers to write, with seeds seed, seed + 1, ...; each response tells its choice_index."),
     ("echo", "TYPE_BOOL", 1, "Let text_output begin with the prompt. Default false."),
     ("client_id", "TYPE_STRING", 1, "Whom to be fair to. Default: the correlation id, if there is one."),
