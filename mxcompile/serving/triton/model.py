@@ -50,7 +50,8 @@ POLL_CANCELLED_S = 0.05
 START_LIMIT_S = 600.0
 DRAIN_LIMIT_S = 60.0
 LONGEST_PAUSE_S = 30.0
-SERVERS_OWN = ("PYTHONHOME", "MALLOC_ARENA_MAX")  # of the environment: not for the engine process
+# Of the environment, what is not for the engine process.
+SERVERS_OWN = ("PYTHONHOME", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 READY, RESTARTS = ("engine_ready", ()), ("engine_restarts_total", ())
 
 

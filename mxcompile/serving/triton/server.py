@@ -19,7 +19,10 @@ from mxcompile.errors import EnvironmentProblem, MxcompileError
 from mxcompile.serving.triton.environment import TritonInstallation, backend_directory
 
 DRAIN_S = 30
-
+MALLOC = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+"""glibc's defaults are an arena for each of Triton's many threads, and large blocks out of them once large ones were freed. So
+abandoned and large requests go on making it grow, by kilobytes each (tests/serving/soak.py finds that). With these it comes to rest.
+"""
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -75,16 +78,11 @@ class TritonServer:
             "--disable-auto-complete-config",
             f"--exit-timeout-secs={drain_s}",
         ]
-        # With an arena of memory for each of Triton's many threads, abandoned and large requests go on making it grow, by
-        # kilobytes each (tests/serving/soak.py finds that); with two it comes to rest.
-        environment = (
-            {"MALLOC_ARENA_MAX": "2"}
-            | os.environ
-            | {
-                "PATH": f"{installation.python.parent}:{os.environ.get('PATH', '')}",
-                "LD_LIBRARY_PATH": f"{installation.library_dir}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":"),
-            }
-        )
+        own = {
+            "PATH": f"{installation.python.parent}:{os.environ.get('PATH', '')}",
+            "LD_LIBRARY_PATH": f"{installation.library_dir}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":"),
+        }
+        environment = MALLOC | os.environ | own
         for name in ("PYTHONHOME", "VIRTUAL_ENV"):
             environment.pop(name, None)
         try:
