@@ -16,6 +16,9 @@ from mxcompile.cli.options import PATH, Verb, threads_option, verbose_option
 )
 @click.option("--quick", is_flag=True, help="Fewer and shorter prompts.")
 @click.option(
+    "--lengths", metavar="TOKENS,...", help="Lengths of the prompts, such as 1,256,1k.  [default: around block sizes]"
+)
+@click.option(
     "--reference-dtype",
     type=click.Choice(["float32", "float64"]),
     default="float32",
@@ -34,6 +37,7 @@ def command(
     engine_dir: Path,
     against: Path,
     quick: bool,
+    lengths: str | None,
     reference_dtype: str,
     seed: int,
     threads: int | None,
@@ -48,10 +52,18 @@ def command(
     """
     from mxcompile.cli.output import print_json
     from mxcompile.cli.progress_bars import progress
+    from mxcompile.planning.memory import parse_tokens
     from mxcompile.report import print_report, write_html, write_json
     from mxcompile.validation import ValidationOptions, validate
 
-    options = ValidationOptions(quick=quick, seed=seed, threads=threads, reference_dtype=reference_dtype, force=force)
+    options = ValidationOptions(
+        quick=quick,
+        lengths=None if lengths is None else tuple(parse_tokens(part.strip()) for part in lengths.split(",")),
+        seed=seed,
+        threads=threads,
+        reference_dtype=reference_dtype,
+        force=force,
+    )
     with progress(verbose) as shown:
         report = validate(engine_dir, against, options, shown)
     if json_file == "-":

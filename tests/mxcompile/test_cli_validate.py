@@ -19,7 +19,11 @@ def engine(tiny_checkpoint, tmp_path_factory):
 
 def test_an_engine_that_agrees(mxcompile, engine, tiny_checkpoint, tmp_path):
     files = ("--json", tmp_path / "v.json", "--html", tmp_path / "v.html")
-    done = mxcompile("validate", engine, "--against", tiny_checkpoint, "--quick", "--threads", 2, "-v", *files)
+    command = ("validate", engine, "--against", tiny_checkpoint, "--quick", "--threads", 2)
+    refused = mxcompile(*command, "--lengths", "8,x")
+    assert refused.returncode == 2
+    assert "'x' is not a number of tokens" in refused.stderr
+    done = mxcompile(*command, "--lengths", "5, 66", "-v", *files)
     assert done.returncode == 0, done.stderr
     assert "The engine agrees with the PyTorch definition" in done.stdout
     assert "Prefill logits against PyTorch" in done.stdout
@@ -27,6 +31,7 @@ def test_an_engine_that_agrees(mxcompile, engine, tiny_checkpoint, tmp_path):
     found = json.loads((tmp_path / "v.json").read_text())
     assert found["passed"] is True
     assert found["options"]["quick"] is True
+    assert {item["case"] for item in found["positions"]} == {"5 tokens", "66 tokens"}
     page = (tmp_path / "v.html").read_text()
     assert "<svg" in page
     assert "http" not in page.replace("http://www.w3.org", "")
