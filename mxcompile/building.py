@@ -68,8 +68,10 @@ def build(
     target: str = "onnxruntime",
     dtype: str | None = None,
     gpu: str | None = None,
+    device: str = "cpu",
     strip_weights: bool = False,
     quantize_experts: str | None = None,
+    taps: bool = False,
     layers: int | None = None,
     max_batch_size: int = 8,
     max_seq_len: int = 4096,
@@ -88,8 +90,11 @@ def build(
     Args:
         dtype: of weights and activations; states and logits are fp32. Default: the target's first of TARGET_DTYPES.
         gpu: what a TensorRT engine is for, by a name of `engines.tensorrt.gpus`; default: the target's usual one.
+        device: "cuda" lets ONNX Runtime run the engine with its CUDA provider, which must be here; never tried.
         strip_weights: keep the weights out of a TensorRT engine; it reads them from the checkpoint when it is loaded.
         quantize_experts: "int8" keeps the experts' weights in 8 bits, quantized from the checkpoint on the way.
+        taps: let a TensorRT engine give out what is behind every layer, so that `validate` can name the layer that is off. Every step
+            then writes it, so not for use. ONNX Runtime engines do so without.
         layers: take the first ones only; each computes what it does in the full model.
         max_seq_len: most tokens of one sequence, prompt and output together.
         prefill_chunk: tokens of one piece of a long prompt; default: the target's.
@@ -116,6 +121,10 @@ def build(
         )
     if quantize_experts is not None:
         check_choice("quantize-experts", quantize_experts, QUANTIZATIONS)
+    if device != "cpu" and (target != "onnxruntime" or tp_size > 1 or cp_size > 1):
+        raise MxcompileError(
+            "--device is for engines of one rank for onnxruntime; --gpu says what a TensorRT engine is for"
+        )
     if target != "onnxruntime":
         if cp_size != 1:
             raise MxcompileError(f"the target {target} does not split prompts over ranks; leave --cp-size out")
@@ -129,6 +138,7 @@ def build(
             gpu=gpu,
             strip_weights=strip_weights,
             quantize_experts=quantize_experts,
+            taps=taps,
             layers=layers,
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
@@ -139,12 +149,15 @@ def build(
             force=force,
             progress=progress,
         )
-    if gpu is not None or strip_weights:
-        raise MxcompileError(f"--gpu and --strip-weights are for the TensorRT targets, not for {target}")
+    if gpu is not None or strip_weights or taps:
+        raise MxcompileError(f"--gpu, --strip-weights and --taps are for the TensorRT targets, not for {target}")
     if quantize_experts is not None and (tp_size > 1 or cp_size > 1):
         raise MxcompileError(
             f"the target {target} runs quantized experts on one rank; leave --quantize-experts out, or --tp-size and --cp-size"
         )
+    from engines.onnxruntime.devices import providers
+
+    providers(device)
     shown = progress or SilentProgress()
     clock = StageClock(shown)
     with EngineDirWriter(output, force=force) as writer:
@@ -192,7 +205,9 @@ def build(
         with clock.stage("build"):
             for file in opened.tokenizer_files:
                 writer.add(file.name, file)
-            engine = dataclasses.replace(engine, options=engine.options | {"layers": layers, "target": target})
+            engine = dataclasses.replace(
+                engine, options=engine.options | {"layers": layers, "target": target, "device": device}
+            )
 
         def verified(folder: Path) -> None:
             with clock.stage("verify"):

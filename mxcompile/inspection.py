@@ -34,6 +34,7 @@ def inspect(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
 def inspect_engine(path: Path, *, verify: bool = False) -> dict[str, Any]:
     """Describe an engine directory; sizes and digests of its files are checked (wholly with `verify`)."""
     from engines.directory import read_config, verify_files
+    from mxcompile.engine_memory import memory_of
 
     config = read_config(path)
     verify_files(path, config, whole=verify)
@@ -62,6 +63,7 @@ def inspect_engine(path: Path, *, verify: bool = False) -> dict[str, Any]:
         else None,
         **_architecture_of_engine(config),
         "state": _state_of_engine(config),
+        "memory": memory_of(path, config),
         "inputs": {port.name: f"{port.dtype} {_dims(port.dims)}" for port in config.inputs},
         "outputs": {port.name: f"{port.dtype} {_dims(port.dims)}" for port in config.outputs},
         "operators": dict(_operators(graphs[0])) if graphs else {},

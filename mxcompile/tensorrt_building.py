@@ -42,6 +42,7 @@ def build_tensorrt(
     gpu: str | None = None,
     strip_weights: bool = False,
     quantize_experts: str | None = None,
+    taps: bool = False,
     layers: int | None = None,
     max_batch_size: int = 8,
     max_seq_len: int = 4096,
@@ -61,6 +62,7 @@ def build_tensorrt(
     Raises as `build` does; exit code 3 also where TensorRT, or what the plugin library is compiled with, is missing.
     """
     from engines.tensorrt.build import DEFAULT_PREFILL_CHUNK, BuildRequest
+    from export.contract import hidden_tap, router_tap
     from export.parallel.mapping import ParallelMapping
     from export.parallel.plan import ShardingPlan
 
@@ -82,6 +84,7 @@ def build_tensorrt(
             dtype=dtype,
             strip_weights=strip_weights,
             quantization=None if quantize_experts is None else {"experts": quantize_experts},
+            taps=[tap(layer) for layer in range(config.num_layers) for tap in (hidden_tap, router_tap)] if taps else [],
             checkpoint=CheckpointReference(str(opened.folder), opened.fingerprint()),
             mapping=EngineMapping(tp_size, plan.mapping.moe_tp_size, plan.mapping.moe_ep_size),
             mxcompile_version=__version__,

@@ -20,6 +20,7 @@ from engines.config import EngineConfig
 from engines.directory import read_config, verify_files
 from engines.errors import ENVIRONMENT, EngineError
 from engines.interface import State, StepResult
+from engines.onnxruntime.devices import CPU, check_started, providers
 from engines.onnxruntime.state import OrtState
 from engines.plan import Run
 from engines.ragged import RaggedSession
@@ -193,11 +194,15 @@ class OrtSession(RaggedSession):
             options.add_session_config_entry(key, str(self._graph.parent.resolve()))
         for name, value in self._weights.items():
             options.add_initializer(name, value)
+        device = str(self._config.options.get("device", CPU))
+        wanted = providers(device)
         try:
-            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(model, options, providers=wanted)
         except Exception as error:
             text = str(error).splitlines()[0]
             raise EngineError(f"{self._graph}: ONNX Runtime cannot load it: {text}", exit_code=ENVIRONMENT) from error
+        check_started(session, device)
+        return session
 
     def _with_taps(self) -> ort.InferenceSession:
         """A second session that also gives out the tapped values; shares the weights, so it costs little memory."""

@@ -46,6 +46,7 @@ class BuildRequest:
     strip_weights: bool = False  # keep them out of the plan; a session binds them
     quantization: dict[str, Any] | None = None
     checkpoint: Checkpoint | None = None
+    taps: Sequence[str] = ()  # inner values that the plan gives out beside its results
     mapping: Mapping = field(default_factory=Mapping)
     rank: int = 0
     mxcompile_version: str = "unknown"
@@ -100,6 +101,7 @@ def build_rank(
             f"target {request.target} runs {' and '.join(DTYPES)}, not {request.dtype}; give --dtype bfloat16"
         )
     trt, plugins = load_runtime(request.target, plugin_folder)
+    check_supported(request.target, str(trt.__version__), request.mapping.tp_size)
     lower_graph(model, request, report)
     weights_name = None
     assert writer.path is not None
@@ -130,6 +132,7 @@ def build_rank(
         outputs=[port(value) for value in model.graph.outputs],
         states=list(states(model.graph)),
         ranks=[RankFiles(request.rank, graph_name, weights_name)],
+        taps=list(request.taps),
         checkpoint=request.checkpoint,
         versions={request.target: trt.__version__, "plugins_tensorrt_headers": plugins.headers} | request.versions,
         options={
@@ -140,6 +143,7 @@ def build_rank(
             "max_positions": _shapes(request).max_positions,
             "strip_weights": request.strip_weights,
             "warnings": compiled.warnings,
+            "memory": [compiled.memory],
         }
         | request.options,
     )
@@ -154,16 +158,27 @@ class CompiledPlan:
     layers: list[dict[str, Any]]
     weight_inputs: frozenset[str]
     warnings: list[str]
+    memory: dict[str, Any]  # as TensorRT tells it: bytes of activations by profile, and of weights inside the plan
 
 
 def lower_graph(model: ir.Model, request: BuildRequest, report: Progress) -> None:
     """Lower `model` in place as `request` wants it. EngineError where it is not canonical."""
     report("lower", 0, 1)
+    give_out(model, request.taps)
     try:
         lower(model, request.capacity, request.attention)
     except (ValueError, ir.passes.PassError) as error:
         raise EngineError(f"the graph cannot be lowered to TensorRT: {error.__cause__ or error}") from error
     report("lower", 1, 1)
+
+
+def give_out(model: ir.Model, names: Sequence[str]) -> None:
+    """Let inner values be outputs of the graph as well. EngineError where there is none of that name."""
+    values = {output.name: output for node in model.graph for output in node.outputs} if names else {}
+    for name in names:
+        if name not in values:
+            raise EngineError(f"the graph has no value {name!r} to tap")
+        model.graph.outputs.append(values[name])
 
 
 def weights_to_inputs(model: ir.Model, names: Sequence[str]) -> None:
@@ -202,7 +217,8 @@ def compile_plan(
     bound = {value.name for value in model.graph.inputs if value.name and is_weight(value.name)}
     layers = describe_layers(network, model)
     del parser, monitor
-    return CompiledPlan(writer.size, layers, frozenset(bound), logger.warnings[:20])
+    memory = {"activations": logger.activation_bytes, "weights": logger.weight_bytes}
+    return CompiledPlan(writer.size, layers, frozenset(bound), logger.warnings[:20], memory)
 
 
 def is_weight(name: str) -> bool:
@@ -228,6 +244,21 @@ def load_runtime(target: str, plugin_folder: Path | None) -> tuple[Any, Any]:
         return trt, load_plugins(trt, plugin_folder)
     except PluginsError as error:
         raise EngineError(str(error), exit_code=ENVIRONMENT) from error
+
+
+def check_supported(target: str, version: str, ranks: int) -> None:
+    """EngineError (exit code 3) for a TensorRT that lacks what the graphs need: 10.15 has the cache layer, 10.16 exchanges between ranks.
+
+    Of TensorRT-RTX, `plugins.tensorrt_runtime` asks for 1.7, which has both.
+    """
+    needed = (10, 15) if ranks == 1 else (10, 16)
+    found = tuple(int(part) for part in version.split(".")[:2])
+    if target == "tensorrt" and found < needed:
+        what = "an engine" if ranks == 1 else "an engine of several ranks"
+        raise EngineError(
+            f"tensorrt {version} is too old for {what}: {needed[0]}.{needed[1]} or later is needed; run `pip install -U tensorrt-cu13`",
+            exit_code=ENVIRONMENT,
+        )
 
 
 def _arrays(model: ir.Model, parking: Any, report: Progress) -> Iterator[tuple[str, np.ndarray]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from engines.errors import EngineError
@@ -10,16 +11,23 @@ from engines.errors import EngineError
 _EXPECTED = ("has Int64 binding", "not found in plugin node")
 # TensorRT-RTX looks for a driver even when it builds ahead of time.
 _NO_DRIVER = "CUDA driver version is insufficient"
+# What a build says about the memory that its plan will take: once per optimization profile, in order, and once in all.
+_ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")
+_WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 
 
 def make_logger(trt: Any, verbose: bool = False) -> Any:
-    """A TensorRT logger that collects errors and warnings in `.errors` and `.warnings`, and prints only when `verbose`."""
+    """A TensorRT logger that collects errors and warnings in `.errors` and `.warnings`, and prints only when `verbose`. What a build
+    says about memory is in `.activation_bytes`, by optimization profile, and `.weight_bytes`.
+    """
 
     class Collector(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
             self.warnings: list[str] = []
+            self.activation_bytes: list[int] = []
+            self.weight_bytes: int | None = None
 
         def log(self, severity: Any, message: str) -> None:
             if any(part in message for part in _EXPECTED):
@@ -29,6 +37,10 @@ def make_logger(trt: Any, verbose: bool = False) -> Any:
                     self.errors.append(message)
             elif severity == trt.ILogger.WARNING:
                 self.warnings.append(message)
+            elif found := _ACTIVATIONS.search(message):
+                self.activation_bytes.append(int(found[1]))
+            elif found := _WEIGHTS.search(message):
+                self.weight_bytes = int(found[1])
             if verbose and severity <= trt.ILogger.INFO:
                 print(f"TensorRT: {message}")
 

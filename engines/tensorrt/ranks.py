@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -41,6 +42,7 @@ def build_ranks(
     """
     ranks, config = request.mapping.tp_size, None
     files: list[RankFiles] = []
+    memory: list[Any] = []
     first: list[tuple[str, str]] = []
     for rank in range(ranks):
         model = graph_of(rank)
@@ -55,9 +57,10 @@ def build_ranks(
         if found != first:
             raise EngineError(f"rank {rank} exchanges other values than rank 0; the ranks would wait for ever")
         files += config.ranks
+        memory += config.options["memory"]
     assert config is not None
     whole = of_all_ranks(config, files)
-    return replace(whole, options=whole.options | {"parallel_build": _build_id(request)})
+    return replace(whole, options=whole.options | {"parallel_build": _build_id(request), "memory": memory})
 
 
 def exchanges(compiled: CompiledPlan) -> list[tuple[str, str]]:

@@ -34,10 +34,20 @@ from mxcompile.cli.options import (
 @click.option("--dtype", type=click.Choice(DTYPES), help="Type of weights and activations.  [default: the target's]")
 @click.option("--gpu", metavar="NAME", help="GPU a TensorRT engine is for, such as rtx-4090 or h20.")
 @click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="What ONNX Runtime runs the engine on; cuda needs onnxruntime-gpu.",
+)
+@click.option(
     "--strip-weights", is_flag=True, help="Leave weights out of a TensorRT engine; read them when it is loaded."
 )
 @click.option(
     "--quantize-experts", type=click.Choice(["int8"]), help="Keep the experts' weights in 8 bits, quantized on the way."
+)
+@click.option(
+    "--taps", is_flag=True, help="Let a TensorRT engine give out inner values, so that validate can name a layer."
 )
 @layers_option
 @limits_options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ def _print(found: dict[str, Any]) -> None:
     print_table("Parameters", ("kind", "count", ""), [(k, n, count_text(n)) for k, n in parameters.items()])
     if "state" in found:
         print_table("State", ("what", "bytes", ""), [(k, n, bytes_text(n)) for k, n in found["state"].items()])
+    if "memory" in found:
+        print_table(
+            "Memory when loaded, full batch", ("rank", "what", "bytes", ""), list(_memory_rows(found["memory"]))
+        )
     for name in ("inputs", "outputs"):
         if name in found:
             print_table(name.capitalize(), ("name", "type"), found[name].items())
@@ -62,6 +67,18 @@ def _print(found: dict[str, Any]) -> None:
         print_table("Files", ("file", "size"), [(name, bytes_text(size)) for name, size in found["files"].items()])
         for problem in found["problems"]:
             click.echo(f"problem: {problem}")
+
+
+def _memory_rows(ranks: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+    from mxcompile.cli.output import bytes_text
+
+    for memory in ranks:
+        parts = {name: value for name, value in memory.items() if name not in ("rank", "activations", "total")}
+        parts |= {f"activations, {profile}": size for profile, size in memory.get("activations", {}).items()}
+        if "total" in memory:
+            parts["total, activations once per profile"] = memory["total"]
+        for name, size in parts.items():
+            yield memory["rank"], name, "?" if size is None else size, "" if size is None else bytes_text(size)
 
 
 def _flattened(found: dict[str, Any]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from engines import load
 from engines.config import EngineConfig
 from engines.directory import read_config
 from engines.errors import EngineError
-from engines.tensorrt.build import load_runtime
+from engines.tensorrt.build import check_supported, load_runtime
 from engines.tensorrt.device import CudaDevice, compute_capability
 from engines.tensorrt.runtime import check_architectures, check_gpu, check_version
 from engines.weights import map_weights
@@ -25,6 +26,7 @@ from export.errors import ExportError
 from mxcompile.building import BuildSummary, build
 from mxcompile.errors import MxcompileError
 from mxcompile.inspection import inspect
+from plugins.errors import LibraryError
 
 Engine = tuple[Path, BuildSummary]
 no_gpu = pytest.mark.skipif(isinstance(compute_capability(), int), reason="this machine has a GPU")
@@ -40,6 +42,17 @@ def test_every_layer_has_its_plugins(bf16_engine: Engine, stripped_engine: Engin
     assert found["plugins"] == {"LinearAttention": 7, "MoE": 8, "SoftmaxAttention": 1}
     assert found["compiled_for"]["attention"] == "plugin"
     assert {"float16", "float32"} <= set(found["precision"])
+
+
+def test_taps_are_outputs_of_the_plan(tiny: Path, plugins_at_hand: Path, tmp_path: Path, bf16_engine: Engine) -> None:
+    """In the types they have inside; off unless asked for."""
+    build(tiny, tmp_path / "e", target="tensorrt-rtx", layers=2, taps=True, strip_weights=True, **LIMITS)
+    config = read_config(tmp_path / "e")
+    outputs = {port.name: (port.dtype, port.dims) for port in config.outputs}
+    assert config.taps == ["taps.0.hidden", "taps.0.router_logits", "taps.1.hidden", "taps.1.router_logits"]
+    assert outputs["taps.1.hidden"] == ("bfloat16", ["batch", "tokens", 128])
+    assert outputs["taps.1.router_logits"] == ("float32", ["batch", "tokens", 8])
+    assert read_config(bf16_engine[0]).taps == []
 
 
 def test_the_parser_dropped_nothing(bf16_engine: Engine, stripped_engine: Engine) -> None:
@@ -81,6 +94,32 @@ def test_a_damaged_engine_is_not_taken_for_unchanged(tiny: Path, bf16_engine: En
     copy = _damaged(bf16_engine[0], tmp_path)
     with pytest.raises(EngineError, match="--force"):
         build(tiny, copy, target="tensorrt-rtx", **LIMITS)
+
+
+def test_memory_is_told_by_profile(bf16_engine: Engine, stripped_engine: Engine) -> None:
+    """2 rows: 7 layers of 4 heads with 64 x 64 fp32, and a key and a value of 2 heads with 64 bf16 channels at 128 positions."""
+    (inside,), (outside,) = inspect(bf16_engine[0])["memory"], inspect(stripped_engine[0])["memory"]
+    assert inside["recurrent states"] == 2 * 7 * 4 * 64 * 64 * 4
+    assert inside["key/value cache"] == 2 * 2 * 2 * 128 * 64 * 2
+    assert inside["inputs and outputs"] == 2 * (16 + 1 + 1 + 16) * 8 + 2 * 16 * 512 * 4
+    parameters = inspect(bf16_engine[0])["parameters"]["total"]
+    assert (inside["weights"], outside["weights in the plan"]) == (0, pytest.approx(0, abs=2**20))
+    assert inside["weights in the plan"] == pytest.approx(2 * parameters, rel=0.1)
+    assert outside["weights"] >= 2 * parameters
+    for memory in (inside, outside):
+        assert set(memory["activations"]) == {"decode", "prefill"}
+        assert memory["total"] > max(memory["activations"].values()) * 2 > 0
+    # 128 times the tokens of a prefill chunk, beside scratch of a fixed size
+    assert outside["activations"]["prefill"] > 2 * inside["activations"]["prefill"]
+
+
+def test_memory_is_printed(bf16_engine: Engine) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mxcompile", "inspect", bf16_engine[0]], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "activations, decode" in done.stdout
+    assert "activations, prefill" in done.stdout
 
 
 def test_peak_memory_is_told(bf16_engine: Engine) -> None:
@@ -174,6 +213,25 @@ def test_a_missing_or_wrong_plugin_library_is_refused(trt: object, tmp_path: Pat
     assert caught.value.exit_code == 3
 
 
+@pytest.mark.parametrize(
+    ("version", "ranks", "words"), [("10.14.1", 1, r"10\.15 or later"), ("10.15.2", 2, r"several ranks: 10\.16")]
+)
+def test_a_tensorrt_that_lacks_a_layer_is_refused(version: str, ranks: int, words: str) -> None:
+    with pytest.raises(EngineError, match=words) as caught:
+        check_supported("tensorrt", version, ranks)
+    assert caught.value.exit_code == 3
+    check_supported("tensorrt", "11.1.0.20", ranks)
+    check_supported("tensorrt-rtx", "1.7.1.116", ranks)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
+def test_a_missing_tensorrt_says_how_to_get_it(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(LibraryError, match="pip install tensorrt-cu13") as caught:
+        build(tiny, tmp_path / "e", target="tensorrt")
+    assert caught.value.exit_code == 3
+    assert list(tmp_path.iterdir()) == []
+
+
 class FullGpu:
     """As much of cuda.bindings.runtime as shows what an allocation says on a full GPU."""
 
@@ -225,7 +283,12 @@ def test_the_engine_equals_pytorch_on_the_gpu(tiny: Path, plugins_at_hand: Path,
     fitting = [gpu for gpu in GPUS.values() if gpu.capability == capability and "tensorrt-rtx" in gpu.targets]
     if not fitting:
         pytest.skip(f"TensorRT-RTX builds for no GPU of compute capability {capability}")
-    build(tiny, tmp_path / "e", target="tensorrt-rtx", gpu=fitting[0].name, **LIMITS)
+    build(tiny, tmp_path / "e", target="tensorrt-rtx", gpu=fitting[0].name, taps=True, **LIMITS)
+    session = load(tmp_path / "e")
+    sizes = [session._engine.get_device_memory_size_for_profile_v2(profile) for profile in range(2)]
+    told = inspect(tmp_path / "e")["memory"][0]["activations"]
+    assert [told["decode"], told["prefill"]] == sizes  # what the builder says is what the engine takes
+    del session
     command = [sys.executable, "-m", "mxcompile", "validate", tmp_path / "e", "--against", tiny, "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -13,10 +13,11 @@ from engines.config import EngineConfig, Limits, RankFiles
 from engines.contract import port, states
 from engines.errors import EngineError
 from engines.interface import Session, State
-from engines.tensorrt.build import weights_to_inputs
+from engines.tensorrt.build import give_out, weights_to_inputs
 from engines.tensorrt.lengths import capacity_for
 from engines.tensorrt.lowering import lower
 from engines.tensorrt.session import TrtSession
+from export.contract import hidden_tap, router_tap
 from model_defs.text_model import TextModel
 from mxcompile.backends.pytorch import PyTorchSession
 
@@ -26,16 +27,19 @@ BATCH, CHUNK, MAX_SEQ_LEN = 3, 8, 40
 
 
 class Made:
-    def __init__(self, max_positions: int = CHUNK, strip: bool = False) -> None:
+    def __init__(self, max_positions: int = CHUNK, strip: bool = False, taps: bool = False) -> None:
         config = small_config()
         self.model: TextModel = random_model(config, "float32")
-        graph = lower(canonical(config, "float32", self.model), capacity_for(MAX_SEQ_LEN), "plugin")
+        graph = canonical(config, "float32", self.model)
+        names = [tap(layer) for layer in range(config.num_layers) for tap in (hidden_tap, router_tap)] if taps else []
+        give_out(graph, names)
+        lower(graph, capacity_for(MAX_SEQ_LEN), "plugin")
         weights = {}
         described = [port(value) for value in graph.graph.inputs]
         if strip:
-            names = list(graph.graph.initializers)
-            weights_to_inputs(graph, names)
-            weights = {n: numpy_of(p) for n, p in self.model.named_parameters() if n in names}
+            outside = list(graph.graph.initializers)
+            weights_to_inputs(graph, outside)
+            weights = {n: numpy_of(p) for n, p in self.model.named_parameters() if n in outside}
         self.config = EngineConfig(
             mxcompile_version="test",
             target="tensorrt-rtx",
@@ -46,6 +50,7 @@ class Made:
             outputs=[port(value) for value in graph.graph.outputs],
             states=list(states(graph.graph)),
             ranks=[RankFiles(0, "rank0.engine")],
+            taps=names,
             options={"capacity": capacity_for(MAX_SEQ_LEN), "max_positions": max_positions},
         )
         self.device = HostDevice()
@@ -131,6 +136,22 @@ def test_weights_from_outside_give_the_same(made: Made) -> None:
     assert np.array_equal(found, made.session.prefill(prompts, made.session.new_state(1)))
 
 
+def test_taps_are_what_is_behind_each_layer(reference: PyTorchSession) -> None:
+    """Of a step longer than a chunk, of ragged rows; and an engine without them says how to get them."""
+    session = Made(taps=True).session
+    ids, new = np.random.default_rng(7).integers(0, 64, (3, 19)), np.array([19, 0, 12])
+    ours, theirs = session.new_state(3), reference.new_state(3)
+    found = session.forward(ids, new, ours, taps=True)
+    wanted = reference.forward(ids, new, theirs, taps=True)
+    assert set(found.taps) == set(wanted.taps)
+    assert len(found.taps) == 16
+    for name, tap in wanted.taps.items():
+        assert found.taps[name].shape == tap.shape
+        assert np.abs(found.taps[name] - tap).max() < LIMIT * max(1, np.abs(tap).max() / 4)  # LIMIT is for values of 4
+    assert np.abs(found.logits - wanted.logits).max() < LIMIT
+    assert session.forward(ids[:, :1], [1, 1, 1], ours).taps == {}
+
+
 def test_memory_goes_back_with_the_state(made: Made) -> None:
     before = len(made.device.blocks)
     state = made.session.new_state(2)
@@ -151,7 +172,7 @@ def test_what_passes_a_limit_is_refused_and_changes_nothing(made: Made) -> None:
         session.decode([64], state)
     with pytest.raises(EngineError, match="made by another session"):
         session.decode([1], Made(max_positions=1).session.new_state(1))
-    with pytest.raises(EngineError, match="no inner values"):
+    with pytest.raises(EngineError, match="no inner values; build it with --taps"):
         session.forward(np.zeros((1, 1), np.int64), [1], session.new_state(1), taps=True)
     assert state.lengths.tolist() == [MAX_SEQ_LEN]
 
