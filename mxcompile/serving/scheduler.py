@@ -9,8 +9,8 @@ Rules of a step, in this order:
 2. free slots are filled from the queue, the least served client first and its requests in order of arrival, lowest
    slot first (idle rows cost least at the end);
 3. every sequence that decodes gets one token, in one run;
-4. prompts are read one chunk each, in turn, as many as `prefill_budget` tokens allow: a long prompt delays neither the
-   running answers nor a short prompt behind it by more than the budget.
+4. prompts are read one chunk each, clients in turn and the prompts of each in turn, as many as `prefill_budget` tokens
+   allow: a long prompt delays neither the running answers nor a short prompt behind it by more than the budget.
 
 A request for several answers has its prompt read once, in one slot; what that row remembers is then copied to a slot
 for each further answer, as they become free.
@@ -116,6 +116,8 @@ class Scheduler:
         self._slots: list[_Job | None] = [None] * session.max_batch_size
         self._free = list(range(session.max_batch_size))  # a heap
         self._reading: deque[_Job] = deque()  # in slots, prompt not read to its end; next to read first
+        self._turns: dict[str, int] = {}  # of the clients that are being read: when each had its last chunk
+        self._turn = itertools.count(1)
         self._tickets = itertools.count(1)
         # The rest is shared between threads, under the lock.
         self._changed = threading.Condition()
@@ -323,12 +325,16 @@ class Scheduler:
         """Read chunks of several prompts in one run, up to the budget: reading each alone takes twice as long."""
         parts: list[tuple[_Job, list[int]]] = []
         spent = 0
+        if not self._reading:
+            self._turns.clear()
         while self._reading:
-            job = self._reading[0]
+            # The client whose last turn was longest ago; its prompts in turn.
+            job = min(self._reading, key=lambda job: self._turns.get(job.client, 0))
             part = job.sequence.prompt[job.fed : job.fed + self._chunk]
             if parts and spent + len(part) > self._budget:
                 break
-            self._reading.popleft()
+            self._reading.remove(job)
+            self._turns[job.client] = next(self._turn)
             if self._slots[job.slot] is job:  # not cancelled
                 parts.append((job, part))
                 spent += len(part)

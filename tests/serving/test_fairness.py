@@ -147,6 +147,21 @@ def test_prompts_never_hold_an_answer_up_by_more_than_the_budget(lengths, budget
     assert read > 0
 
 
+def test_clients_take_turns_in_reading_prompts():
+    """Five chunks of one client take ten turns beside six slots of another, not thirty."""
+    scheduler = Scheduler(ToySession(max_batch_size=7))
+    for _ in range(6):
+        ask(scheduler, [1] * 40, GenerationConfig(max_new_tokens=1), client="many")
+    scheduler.step()
+    single, _ = ask(scheduler, [2] * 20, GenerationConfig(max_new_tokens=1), client="one")
+    steps = 0
+    while not single.ended:
+        scheduler.step()
+        steps += 1
+    assert steps <= 10
+    run(scheduler)
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     PROMPTS,
