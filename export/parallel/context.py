@@ -72,9 +72,8 @@ class _Splitter:
 
     def run(self) -> None:
         nodes = list(self.graph)
-        kept = {id(self.inputs["input_ids"])}
         for value in [value for node in nodes for value in node.outputs]:
-            if value.shape is not None and id(value) not in kept:
+            if value.shape is not None:
                 value.shape = ir.Shape([_renamed(dim) for dim in value.shape])
         writes = [node for node in nodes if node.op_type == "TensorScatter"]
         self._cut_inputs(nodes[0])
@@ -191,7 +190,7 @@ class _Splitter:
         following = next(iter(use.node for use in uses))
         put = _Put(following, f"{chosen.name}.{SEGMENT}")
         held = put("Unsqueeze", self.held_BP, put.integers(2), dims=[BATCH, POSITIONS, 1])
-        zero = put.constant(ir.tensor(np.zeros([], np.float32)), chosen.dtype)
+        zero = put.constant(np.zeros([], np.float32), chosen.dtype)
         mine = put("Where", held, chosen, zero, dims=dims, dtype=chosen.dtype)
         summed = put.add(all_reduce(mine, self.ranks, self.group))
         for use in uses:
