@@ -127,8 +127,13 @@ class Driver:
     """A process that answers one line {"prompts", "tokens", "clients"} with one line of a Load's fields."""
 
     def __init__(self, command: Sequence[str | Path]) -> None:
+        # A session of its own, as the server has: Linux shares the processor between sessions first.
         self._process = subprocess.Popen(
-            [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [str(part) for part in command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
 
     @property

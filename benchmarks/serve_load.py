@@ -1,7 +1,7 @@
 """Load on the real server: latencies and throughput by concurrency, what in-flight batching gains, what each way in costs beside the
 engine alone, what a known prefix saves.
 
-    python benchmarks/serve_load.py ENGINE_DIR --json NUMBERS.json --plot DRAWING.svg
+    python benchmarks/serve_load.py --preset tiny --shared-prefix 16000 --json NUMBERS.json --plot DRAWING.svg
 
 Everything is measured in one run on one machine, client and server together. Contestants take turns in every round: the scheduler
 alone, driven in a process of its own with all requests streamed to a callback, and `mxcompile serve` over HTTP, gRPC and the
@@ -268,7 +268,8 @@ def shared_prefix(length: int, rounds: int, source: random.Random) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("engine", type=Path)
+    parser.add_argument("engine", type=Path, nargs="?", help="an engine directory; or give --preset")
+    parser.add_argument("--preset", choices=["tiny", "small"], help="build an engine of random weights for this run")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--prompt-tokens", type=int, default=64, help="longest prompt; the shortest is half of it")
     parser.add_argument("--output-tokens", type=int, default=64)
@@ -288,8 +289,31 @@ def main() -> None:
     if arguments.alone:
         engine_alone(arguments.engine, arguments.threads)
         return
+    if (arguments.engine is None) == (arguments.preset is None):
+        parser.error("give either an engine directory or --preset")
     arguments.triton_venv = arguments.triton_venv or default_folder()
     install(arguments.triton_venv)
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.preset is not None:
+            arguments.engine = build_preset(arguments, Path(folder))
+        report(arguments)
+
+
+def build_preset(arguments: argparse.Namespace, folder: Path) -> Path:
+    """An engine of the preset that holds what this run asks of it."""
+    from mxcompile.building import build
+    from mxcompile.checkpoints import create_checkpoint
+
+    longest = max(arguments.prompt_tokens + arguments.output_tokens, arguments.shared_prefix + 16)
+    create_checkpoint(arguments.preset, folder / "checkpoint", seed=1)
+    build(
+        folder / "checkpoint", folder / "engine", max_batch_size=max(arguments.concurrency), max_seq_len=longest + 256
+    )
+    return folder / "engine"
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Measure, and write what was asked for."""
     config, machine = read_config(arguments.engine), examine()
     names = ("concurrency", "prompt_tokens", "output_tokens", "requests", "rounds", "threads")
     values = {
