@@ -43,12 +43,16 @@ class BuiltLibrary:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build left. `tensorrt` is None where there were no TensorRT headers; `skipped` where nothing had changed."""
+    """What a build left. `tensorrt` is None where there were no TensorRT headers; `skipped` where nothing had changed.
+
+    `sources` is the part of `digest` that does not depend on the machine: a library carried to another one is checked by it.
+    """
 
     kernels: BuiltLibrary
     tensorrt: BuiltLibrary | None
     architectures: tuple[str, ...]
     digest: str
+    sources: str
     nvcc_version: str
     tensorrt_headers: str | None
     seconds: float
@@ -85,11 +89,15 @@ def source_files() -> list[Path]:
 
 
 def source_digest(tools: Toolchain, archs: Sequence[str], tensorrt: bool) -> str:
-    """SHA-256 over source names and contents, architectures and tool versions."""
-    sha = hashlib.sha256()
+    """SHA-256 over the sources, architectures and tools: equal only where a build would give the same again."""
     tensorrt_part = (str(tools.tensorrt_include), tools.tensorrt_version) if tensorrt else None
-    options = [list(archs), str(tools.nvcc), tools.nvcc_version, tensorrt_part, str(tools.cutlass_include)]
-    sha.update(json.dumps(options).encode())
+    options = [str(tools.nvcc), tools.nvcc_version, tensorrt_part, str(tools.cutlass_include), sources_digest(archs)]
+    return hashlib.sha256(json.dumps(options).encode()).hexdigest()
+
+
+def sources_digest(archs: Sequence[str]) -> str:
+    """SHA-256 over source names and contents and architectures: the same on every machine."""
+    sha = hashlib.sha256(json.dumps(list(archs)).encode())
     for path in source_files():
         content = path.read_bytes()
         sha.update(f"\0{path.relative_to(SOURCE_DIR)}\0{len(content)}\0".encode())
@@ -136,6 +144,7 @@ def build(
             tensorrt=_library(folder / TENSORRT_LIBRARY) if with_tensorrt else None,
             architectures=archs,
             digest=digest,
+            sources=sources_digest(archs),
             nvcc_version=tools.nvcc_version,
             tensorrt_headers=tools.tensorrt_version if with_tensorrt else None,
             seconds=time.monotonic() - started,

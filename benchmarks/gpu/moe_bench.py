@@ -1,6 +1,6 @@
 """Times the mixture of experts on a GPU beside torch's ways of computing it and the machine's own ceilings.
 
-    python benchmarks/gpu/moe_bench.py --output moe.json
+    python benchmarks/gpu/moe_bench.py --out moe.json
 
 The shape is MiniMax-Text-01's: hidden 6144, inner 9216, 32 experts, 2 per token; random data. Each case rotates over several sets
 of tokens on one set of weights (which is hundreds of times the L2, so they come from memory each time), replays CUDA graphs and
@@ -8,15 +8,14 @@ alternates contestants round by round; the number is the median over rounds. Cei
 measured in the same run. The floor of a case is the larger of the bytes of the experts its tokens really touch over the copy
 bandwidth and its operations over the matrix rate. A contestant whose result is wrong gets no time.
 
-Rivals are given the routing, sorted, for nothing: torch's product per expert (loop) and torch._grouped_mm.
+The portable kernels and the sm_90a ones run in processes of their own, each beside the rivals, so one that fails or hangs leaves the
+others' numbers. Rivals are given the routing, sorted, for nothing: torch's product per expert (loop) and torch._grouped_mm.
 Goals: 80 % of the bandwidth at 1 token; 640 TFLOP/s in the grouped GEMMs alone at 16384 tokens. Exit code 1 where one is missed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -24,7 +23,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/plugins")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/plugins"), str(ROOT / "benchmarks/gpu")]
+
+from parts import add_options, supervise_parts, work  # noqa: E402
+from timing import Timer, alternate, ceilings  # noqa: E402
+
+from plugins.errors import KernelError  # noqa: E402
 
 HIDDEN, INNER, EXPERTS, TOP_K = 6144, 9216, 32, 2
 TOKENS = [1, 16, 64, 256, 1024, 4096, 16384]
@@ -34,65 +38,6 @@ GOAL_ONE_TOKEN_SHARE = 0.80
 GOAL_GROUPED_FLOPS = 640e12
 ERROR_BOUND = 4e-3
 SMALL, MEDIUM = 256, 1024  # up to SMALL the few-token kernels compete, from MEDIUM the 128-token tiles and sm_90a
-
-
-def alternate(timers: dict[str, Any], rounds: int) -> dict[str, dict[str, float]]:
-    """Median, fastest and slowest round of every contestant, taken in turn."""
-    seen: dict[str, list[float]] = {name: [] for name in timers}
-    for turn in range(rounds):
-        for name in list(timers) if turn % 2 == 0 else reversed(list(timers)):
-            seen[name].append(timers[name].microseconds())
-    return {name: {"us": statistics.median(x), "least_us": min(x), "most_us": max(x)} for name, x in seen.items()}
-
-
-class Timer:
-    """Graph replays between events."""
-
-    def __init__(self, launches: list[Callable[[], Any]]) -> None:
-        import torch
-
-        self.torch, self.count = torch, len(launches)
-        self.launches = launches  # they keep alive what the graph reads
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # load and compile outside the capture
-            launches[0]()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            for launch in launches:
-                launch()
-        self.microseconds()
-
-    def microseconds(self) -> float:
-        """Mean time of one launch over one pass through all sets."""
-        start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        self.graph.replay()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) * 1000 / self.count
-
-
-def ceilings(rounds: int) -> dict[str, float]:
-    """Copy bandwidth in bytes/s (read plus written) and bf16 matrix rate in FLOP/s, on random data."""
-    import torch
-
-    source = torch.randn(1 << 29, device="cuda", dtype=torch.float32)
-    target = torch.empty_like(source)
-    n = 8192
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    c = torch.empty_like(a)
-    timers = {
-        "copy": Timer([lambda: target.copy_(source)] * 2),
-        "matmul": Timer([lambda: torch.matmul(a, b, out=c)] * 4),
-    }
-    times = alternate(timers, rounds)
-    return {
-        "copy_bytes_per_s": 2 * source.nbytes / times["copy"]["us"] * 1e6,
-        "matmul_flop_per_s": 2 * n**3 / times["matmul"]["us"] * 1e6,
-    }
 
 
 class Ours:
@@ -193,17 +138,14 @@ def grouped_launch(inputs: Any) -> Callable[[], Any] | None:
     return launch
 
 
-def our_paths(tokens: int, int8: bool) -> list[str | None]:
+def our_paths(part: str, tokens: int) -> list[str | None]:
     """The planned path (None) and those worth comparing at this size."""
-    import torch
-
+    if part == "sm90":
+        return ["sm90"]
     paths: list[str | None] = [None]
     paths += ["stream"] if tokens <= SMALL else []
     paths += ["grouped64"] if 16 <= tokens <= 4096 else []
-    paths += ["grouped128"] if tokens >= MEDIUM else []
-    if tokens >= SMALL and not int8 and torch.cuda.get_device_capability() == (9, 0):
-        paths.append("sm90")
-    return paths
+    return paths + (["grouped128"] if tokens >= MEDIUM else [])
 
 
 def touched_bytes(sets: list[Any], bytes_per_weight: int) -> float:
@@ -225,7 +167,7 @@ def error_of(inputs: Any, out: Any) -> float:
 
 
 def run_case(
-    library: Any, tokens: int, routing: str, weights: Any, limits: dict[str, float], rounds: int
+    part: str, library: Any, tokens: int, routing: str, weights: Any, limits: dict[str, float], rounds: int
 ) -> dict[str, Any]:
     """All contestants of one number of tokens, routing and weight type."""
     import torch
@@ -248,7 +190,7 @@ def run_case(
     }
     timers: dict[str, Timer] = {}
     kept: list[Any] = []
-    for path in our_paths(tokens, int8):
+    for path in our_paths(part, tokens):
         name = f"ours, {path or 'as planned'}"
         entry = row["contestants"].setdefault(name, {})
         try:
@@ -257,13 +199,13 @@ def run_case(
             ours.launch(ours.params[0])
             torch.cuda.synchronize()
             entry["error"] = error_of(sets[0], ours.out)
-            if entry["error"] > ERROR_BOUND:
+            if not entry["error"] <= ERROR_BOUND:
                 entry["wrong"] = True
                 continue
             entry["kernels_us"] = ours.kernels()
             timers[name] = Timer(ours.launches())
             kept.append(ours)
-        except Exception as error:  # one path's failure leaves the others' numbers
+        except KernelError as error:  # a refusal leaves the others' numbers
             entry["failed"] = f"{type(error).__name__}: {error}"[:300]
     rivals = {} if int8 else {"torch loop": loop_launch, "torch._grouped_mm": grouped_launch}
     for name, make in rivals.items():
@@ -299,71 +241,102 @@ def gemm_rate(row: dict[str, Any]) -> float:
     return best
 
 
-def goals(cases: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def case_key(tokens: int, routing: str, kind: str) -> str:
+    return f"{tokens} {routing} {kind}"
+
+
+def keys_of(part: str, wanted: list[int]) -> list[str]:
+    """What a part works through: bf16 before int8 (weights are made once for each), the cases with goals first."""
+    kinds = ("bf16",) if part == "sm90" else ("bf16", "int8")
+    tokens = [count for count in wanted if part != "sm90" or count >= SMALL]
+    ordered = sorted(tokens, key=lambda count: (count not in (1, 16384), count))
+    return [case_key(count, routing, kind) for kind in kinds for routing in ROUTINGS for count in ordered]
+
+
+def child(options: argparse.Namespace) -> int:
+    """One part's keys in this process."""
+    loaded: list[Any] = []
+    weights: dict[str, Any] = {}
+
+    def about() -> dict[str, Any]:
+        import torch
+
+        from plugins.library import load
+
+        loaded.append(load(options.library_dir))
+        loaded[0].check_device()
+        if options.part == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+            raise RuntimeError("the sm_90a kernels need compute capability 9.0")
+        return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, **ceilings(options.rounds)}
+
+    def run(key: str, limits: dict[str, Any]) -> dict[str, Any]:
+        from moe_gpu import make_weights
+
+        tokens, routing, kind = key.split()
+        if kind not in weights:
+            weights.clear()
+            weights[kind] = make_weights(EXPERTS, HIDDEN, INNER, int8=kind == "int8")
+        return run_case(options.part, loaded[0], int(tokens), routing, weights[kind], limits, options.rounds)
+
+    return work(options, about, run)
+
+
+def goals(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What was to be reached, what was, and whether."""
     found: dict[str, dict[str, Any]] = {}
-    for row in cases:
-        if row["case"] == "1 tokens, uniform, bf16 weights":
-            share = row["contestants"].get("ours, as planned", {}).get("share_of_floor", 0.0)
-            found["share of bandwidth at 1 token"] = {"goal": GOAL_ONE_TOKEN_SHARE, "reached": share}
-        if row["case"] == "16384 tokens, uniform, bf16 weights":
-            found["grouped GEMM FLOP/s at 16384 tokens"] = {"goal": GOAL_GROUPED_FLOPS, "reached": gemm_rate(row)}
+
+    def rows(key: str) -> list[dict[str, Any]]:
+        return [part["rows"][key] for part in parts.values() if key in part["rows"]]
+
+    shares = [row["contestants"].get("ours, as planned", {}) for row in rows(case_key(1, "uniform", "bf16"))]
+    share = max((entry.get("share_of_floor", 0.0) for entry in shares), default=0.0)
+    rate = max((gemm_rate(row) for row in rows(case_key(16384, "uniform", "bf16"))), default=0.0)
+    found["share of bandwidth at 1 token"] = {"goal": GOAL_ONE_TOKEN_SHARE, "reached": share}
+    found["grouped GEMM FLOP/s at 16384 tokens"] = {"goal": GOAL_GROUPED_FLOPS, "reached": rate}
     return {name: {**entry, "met": entry["reached"] >= entry["goal"]} for name, entry in found.items()}
 
 
+def assemble(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The report of what has been measured so far."""
+    return {"parts": results, "goals": goals(results)}
+
+
 def show(report: dict[str, Any]) -> None:
-    print(
-        f"{report['gpu']}: copy {report['copy_bytes_per_s'] / 1e12:.2f} TB/s, "
-        f"matmul {report['matmul_flop_per_s'] / 1e12:.0f} TFLOP/s"
-    )
-    for row in report["cases"]:
-        print(f"  {row['case']}: floor {row['floor_us']:.0f} us ({row['bound']})")
-        for name, entry in row["contestants"].items():
-            if "us" not in entry:
-                print(f"    {name:<24} {entry}")
-                continue
-            print(
-                f"    {name:<24} {entry['us']:10.1f} us, {entry['share_of_floor']:.0%} of the floor, "
-                f"{entry['tflops']:.0f} TFLOP/s, {entry['tb_per_s']:.2f} TB/s"
-            )
+    for part, result in report["parts"].items():
+        about = result["about"] or {}
+        if about:
+            copy, matmul = about["copy_bytes_per_s"] / 1e12, about["matmul_flop_per_s"] / 1e12
+            print(f"{part} on {about['gpu']}: copy {copy:.2f} TB/s, matmul {matmul:.0f} TFLOP/s, {result['seconds']} s")
+        for why in dict.fromkeys(result["lost"].values()):
+            print(f"{part}: {why}: {', '.join(key for key, said in result['lost'].items() if said == why)}")
+        for row in result["rows"].values():
+            print(f"  {row['case']}: floor {row['floor_us']:.0f} us ({row['bound']})")
+            for name, entry in row["contestants"].items():
+                if "us" not in entry:
+                    print(f"    {name:<24} {entry}")
+                    continue
+                print(
+                    f"    {name:<24} {entry['us']:10.1f} us, {entry['share_of_floor']:.0%} of the floor, "
+                    f"{entry['tflops']:.0f} TFLOP/s, {entry['tb_per_s']:.2f} TB/s"
+                )
     for name, entry in report["goals"].items():
         print(f"  {name}: {entry['reached']:.3g}, goal {entry['goal']:.3g}: {'met' if entry['met'] else 'MISSED'}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("moe_bench.json"))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--library-dir", type=Path, help="folder of libmxcompile_kernels.so")
+    add_options(parser, "moe_bench.json", 7)
     parser.add_argument("--tokens", type=int, action="append", help="only these numbers of tokens; may be repeated")
     options = parser.parse_args()
-
-    import torch
-    from moe_gpu import make_weights
-
-    from plugins.library import load
-
-    library = load(options.library_dir)
-    library.check_device()
-    report: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "sm90_by_default": os.environ.get("MXC_MOE_SM90") == "1",
-        **ceilings(options.rounds),
-        "cases": [],
-        "goals": {},
-    }
-    for int8 in (False, True):
-        weights = make_weights(EXPERTS, HIDDEN, INNER, int8=int8)
-        for routing in ROUTINGS:
-            for tokens in options.tokens or TOKENS:
-                report["cases"].append(run_case(library, tokens, routing, weights, report, options.rounds))
-                report["goals"] = goals(report["cases"])
-                options.out.write_text(json.dumps(report, indent=1) + "\n")  # whatever comes later
-        del weights
-        torch.cuda.empty_cache()
+    if options.part:
+        return child(options)
+    parts = {part: keys_of(part, options.tokens or TOKENS) for part in ("portable", "sm90")}
+    report = supervise_parts(Path(__file__), parts, options, assemble)
     show(report)
-    return 0 if all(entry["met"] for entry in report["goals"].values()) else 1
+    results = report["parts"].values()
+    entries = [entry for p in results for row in p["rows"].values() for entry in row["contestants"].values()]
+    bad = any("wrong" in entry or "failed" in entry for entry in entries) or any(part["lost"] for part in results)
+    return 1 if bad or not all(entry["met"] for entry in report["goals"].values()) else 0
 
 
 if __name__ == "__main__":

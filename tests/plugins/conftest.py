@@ -69,6 +69,8 @@ def plugin_build() -> BuildResult:
 
 
 @pytest.fixture(scope="session")
-def kernel_library(plugin_build: BuildResult) -> Library:
-    """The C interface of that build."""
-    return load(plugin_build.kernels.path.parent)
+def kernel_library(request: pytest.FixtureRequest) -> Library:
+    """The C interface of that build, or of the library in $MXCOMPILE_TEST_LIBRARY (what benchmarks/gpu/run.py gives)."""
+    if given := os.environ.get("MXCOMPILE_TEST_LIBRARY"):
+        return load(Path(given))
+    return load(request.getfixturevalue("plugin_build").kernels.path.parent)

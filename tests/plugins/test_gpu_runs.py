@@ -1,0 +1,113 @@
+"""What benchmarks/gpu/run.py does with kernels that fail, crash or hang, on made-up tests and cases that need no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
+
+import parts  # noqa: E402
+import run  # noqa: E402
+import supervise  # noqa: E402
+
+from plugins.build import BuildResult, BuiltLibrary, _store_result, sources_digest  # noqa: E402
+from plugins.errors import PluginsError  # noqa: E402
+
+TESTS = """
+import os, time
+def test_good(): pass
+def test_crashes(): os._exit(9)
+def test_fails(): assert False, "wrong number"
+def test_hangs(): time.sleep(600)
+def test_last(): pass
+"""
+
+CASES = """
+import argparse, os, sys, time
+sys.path.insert(0, {folder!r})
+from parts import add_options, work
+parser = argparse.ArgumentParser()
+add_options(parser, "x.json", 1)
+def about():
+    if {broken!r}: raise RuntimeError("no library")
+    return {{"gpu": "made up"}}
+def case(key, facts):
+    if key == "crash": os._exit(11)
+    if key == "raise": raise ValueError("refused")
+    return {{"us": 1.0, "gpu": facts["gpu"]}}
+raise SystemExit(work(parser.parse_args(), about, case))
+"""
+
+
+def test_a_crash_and_a_hang_cost_one_test_each(tmp_path: Path) -> None:
+    (tmp_path / "test_made_up.py").write_text(TESTS)
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks" / "gpu")}
+    arguments = [str(tmp_path / "test_made_up.py"), "-n0", f"--rootdir={tmp_path}", "-c", os.devnull]
+    found = run.run_group("made up", arguments, tmp_path / "log", 300, 8, env)
+    wrong = {name.rpartition("::")[2]: record["outcome"] for name, record in found["wrong"].items()}
+    assert wrong.pop("test_hangs").startswith("hung")
+    assert wrong == {"test_crashes": "crashed: exit code 9", "test_fails": "failed"}
+    assert (found["passed"], found["skipped"], found["problem"]) == (2, 0, "")
+    assert any("wrong number" in record.get("text", "") for record in found["wrong"].values())
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_benchmark_keeps_what_the_others_measured(tmp_path: Path, broken: bool) -> None:
+    script = tmp_path / "made_up_bench.py"
+    script.write_text(CASES.format(folder=str(ROOT / "benchmarks" / "gpu"), broken=broken))
+    parser = argparse.ArgumentParser()
+    parts.add_options(parser, "x.json", 1)
+    options = parser.parse_args(["--out", str(tmp_path / "out.json"), "--seconds", "120"])
+    parts.supervise_parts(script, {"one": ["first", "crash", "raise", "last"]}, options, lambda results: results)
+    part = json.loads((tmp_path / "out.json").read_text())["one"]
+    if broken:
+        assert part["rows"] == {}
+        assert all("no library" in part["lost"][key] for key in ("about", "first", "last"))
+        return
+    assert set(part["rows"]) == {"first", "last"}
+    assert part["rows"]["last"]["gpu"] == "made up"
+    assert part["lost"] == {"crash": "crashed: exit code 11", "raise": "failed: ValueError: refused"}
+
+
+def test_a_child_that_never_comes_to_a_key_is_given_up(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("ab") as log:
+        ended = supervise.supervise(
+            lambda done: [sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "p", seconds=60, stall=30, log=log
+        )
+    assert ended.records == {}
+    assert "exit code 3" in ended.problem
+
+
+def carried(folder: Path, **changes: object) -> None:
+    """A finished build in `folder`, as a machine with a compiler leaves it."""
+    folder.mkdir()
+    library = folder / "libmxcompile_kernels.so"
+    library.write_bytes(b"made up")
+    facts: dict = dict(tensorrt=None, architectures=("90a",), digest="", sources=sources_digest(("90a",)))
+    facts |= dict(nvcc_version="13.0.0", tensorrt_headers=None, seconds=1.0, skipped=False, usage=())
+    _store_result(folder, BuildResult(kernels=BuiltLibrary(library, 7), **(facts | changes)))
+
+
+def test_a_carried_library_must_be_of_these_sources_and_this_gpu(tmp_path: Path) -> None:
+    facts = {"name": "made up", "compute_cap": "9.0"}
+    carried(tmp_path / "good")
+    assert run.find_library(facts, tmp_path / "good")[1] == tmp_path / "good"
+    carried(tmp_path / "old", sources="0")
+    carried(tmp_path / "other", architectures=("80",), sources=sources_digest(("80",)))
+    for folder, said in (("old", "other sources"), ("other", "is for 80"), ("absent", "no finished build")):
+        with pytest.raises(PluginsError, match=said):
+            run.find_library(facts, tmp_path / folder)
+
+
+def test_without_a_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "argv", ["run.py", "bench"])
+    assert run.main() == 3
+    assert capsys.readouterr().err.startswith("error: no NVIDIA GPU found")
