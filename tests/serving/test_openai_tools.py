@@ -214,6 +214,18 @@ def scripted():
     triton.shutdown()
 
 
+def test_errors_of_the_application_itself(scripted):
+    """Unknown places, and an answer of Triton's that makes no sense: JSON with a name, and no traceback."""
+    openai = pytest.importorskip("openai")
+    with pytest.raises(openai.NotFoundError, match="POST /v1/embeddings: Not Found"):
+        scripted.embeddings.create(model="scripted", input="a")
+    ScriptedTriton.answer = ""  # no response at all
+    with pytest.raises(openai.InternalServerError) as failed:
+        scripted.completions.create(model="scripted", prompt="a", extra_headers={"X-Request-Id": "odd-one"})
+    assert "which its log calls odd-one" in failed.value.body["message"]
+    assert failed.value.response.headers["x-request-id"] == "odd-one"
+
+
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_the_client_sees_calls(scripted, answer):
     ScriptedTriton.answer, text, calls = answer

@@ -39,6 +39,21 @@ def test_the_repository_is_whole_and_loads_without_the_engine_folder(engine, tmp
     assert set(json.loads(curl.group(1))) <= inputs
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--state-dir-limit", 5], "--state-dir-limit: give --state-dir too"),
+        (["--state-dir", "states", "--cache-mib", 0], "give one of the two"),
+        (["--max-queue-per-client", 0], "--max-queue-per-client"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(engine, tmp_path, options, message):
+    done = command(engine, "-o", tmp_path / "repo", *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "repo").exists()
+
+
 def test_other_folders_are_not_touched(engine, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("precious")

@@ -134,7 +134,7 @@ def test_a_shared_prefix_is_read_once(server, loaded):
     ("body", "message"),
     [
         ({"input_ids": [1] * 321}, "321 tokens, but the engine holds at most 320"),
-        ({"text_input": "x" * 100_000}, "too long"),
+        ({"text_input": "x" * 100_000}, "too long: it has 100000 characters, and the engine holds at most 320 tokens"),
         ({}, "either text_input or input_ids"),
         ({"text_input": "a", "input_ids": [1]}, "either text_input or input_ids"),
         ({"text_input": ""}, "empty"),

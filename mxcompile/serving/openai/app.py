@@ -16,6 +16,7 @@ import httpx
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from mxcompile.errors import MxcompileError
 from mxcompile.serving.openai.bodies import REASONS, ChatBody, Common, CompletionBody
@@ -46,6 +47,11 @@ def create_app(triton: str, metrics: str, model: str, family: str = "text-01") -
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
         return JSONResponse(error_body(error.status, error.message, error.param), error.status)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        where = f"{request.method} {request.url.path}: "
+        return JSONResponse(error_body(error.status_code, where + str(error.detail)), error.status_code)
 
     @app.exception_handler(MxcompileError)
     async def input_error(request: Request, error: MxcompileError) -> JSONResponse:

@@ -53,6 +53,11 @@ class Door:
                 await _answer(named, *refusal)
             else:
                 await self._app(scope, receive, named)
+        except Exception as error:
+            logger.error(json.dumps({"event": "http_failed", "request_id": name, "error": repr(error)}))
+            if status:
+                raise  # the connection must be cut: an answer has begun
+            await _answer(named, 500, f"the server failed on this request, which its log calls {name}")
         finally:
             if scope["method"] == "POST":
                 seconds = round(time.monotonic() - began, 4)

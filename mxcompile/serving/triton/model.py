@@ -274,8 +274,11 @@ class TritonPythonModel:
         if request.correlation_id():
             message.setdefault("client_id", f"correlation id {request.correlation_id()}")
         longest = self._engine["max_text_bytes"]
-        if len(message.get("text_input", "")) > longest or len(message.get("input_ids", ())) > longest:
-            raise Refused(f"the prompt is too long: the engine holds at most {self._engine['max_seq_len']} tokens")
+        size = max(len(message.get("text_input", "")), len(message.get("input_ids", ())))
+        if size > longest:
+            unit = "characters" if "text_input" in message else "tokens"
+            held = self._engine["max_seq_len"]
+            raise Refused(f"the prompt is too long: it has {size} {unit}, and the engine holds at most {held} tokens")
         return message
 
 
