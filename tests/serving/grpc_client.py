@@ -20,6 +20,7 @@ TYPES = {
     "session_id": "BYTES",
     "input_ids": "INT32",
     "max_tokens": "INT32",
+    "n": "INT32",
     "top_k": "INT32",
     "end_id": "INT32",
     "temperature": "FP32",

@@ -179,15 +179,16 @@ class Clients:
         """Break off: closed or reset connections, within the request, before the first token, among the tokens."""
         long = {"input_ids": [source.randrange(3, 500) for _ in range(source.choice([1, 40, 200]))]} | LONG
         long["max_tokens"] = 320 - len(long["input_ids"])
+        several = {"n": 4} if source.randrange(4) == 0 else {}
         reset, after = bool(source.randrange(2)), source.choice([-1, 0, 1, 200, 2000])
         match source.randrange(4):
             case 0:
-                reply = self._grpc.ask(long | {"stream": True}, leave_after=source.choice([1, 2, 20]))
+                reply = self._grpc.ask(long | several | {"stream": True}, leave_after=source.choice([1, 2, 20]))
                 if reply.error is not None:
                     self._refusal(reply, "gRPC, leaving")
                     return
             case 1:
-                data = json.dumps(openai_body(long, stream=bool(source.randrange(3)))).encode()
+                data = json.dumps(openai_body(long, stream=bool(source.randrange(3))) | several).encode()
                 break_off(self._server.openai, "/v1/completions", data, after=after, reset=reset)
             case _:
                 stream = bool(source.randrange(3))
