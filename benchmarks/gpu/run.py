@@ -74,13 +74,16 @@ def versions(result: BuildResult) -> dict[str, str | None]:
         "print(json.dumps(out))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git there
+        commit = ""
     return {
         **(json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else {}),
         "python": platform.python_version(),
         "nvcc": result.nvcc_version,
         "sources": result.sources[:16],
-        "commit": commit.stdout.strip() or None,
+        "commit": commit or None,
     }
 
 
