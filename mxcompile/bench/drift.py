@@ -98,7 +98,10 @@ def drift(
         engine = load(folder, **options, **moved)
         if not has_taps(engine):
             raise MxcompileError(f"{folder}: this {config.target} engine does not tell what its layers are given")
-        reference = PyTorchSession.load(checkpoint["path"], "float32", config.num_layers, **options)
+        rounded = (config.quantization or {}).get("experts")
+        reference = PyTorchSession.load(
+            checkpoint["path"], "float32", config.num_layers, quantize_experts=rounded, **options
+        )
     longest = min(engine.max_seq_len, reference.max_seq_len)
     fitting = [step for step in steps if step <= longest]
     report.not_run = [

@@ -140,7 +140,9 @@ def needle(
         options: dict[str, Any] = {} if threads is None else {"threads": threads}
         moved = {"checkpoint": checkpoint["path"]} if checkpoint["moved"] else {}
         engine = load(folder, **options, **moved)
-        reference = PyTorchSession.load(checkpoint["path"], "float32", config.num_layers, **options)
+        # An engine with rounded experts is held against PyTorch with the same.
+        rounded = {"quantize_experts": (config.quantization or {}).get("experts")}
+        reference = PyTorchSession.load(checkpoint["path"], "float32", config.num_layers, **options, **rounded)
     thresholds = thresholds_for(config)
     report = NeedleReport(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -155,7 +157,7 @@ def needle(
     yardstick = (
         None
         if thresholds is not None
-        else PyTorchSession.load(checkpoint["path"], config.dtype, config.num_layers, **options)
+        else PyTorchSession.load(checkpoint["path"], config.dtype, config.num_layers, **options, **rounded)
     )
     yard: list[float] = []
     longest = min(engine.max_seq_len, reference.max_seq_len)

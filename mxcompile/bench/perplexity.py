@@ -26,7 +26,7 @@ from engines import load
 from engines.config import EngineConfig
 from engines.directory import read_config
 from mxcompile.bench.options import BACKENDS, DTYPES
-from mxcompile.bench.perplexity_results import REFERENCE, YARDSTICK, PerplexityReport, Side, read_perplexity
+from mxcompile.bench.perplexity_results import REFERENCE, TWIN, YARDSTICK, PerplexityReport, Side, read_perplexity
 from mxcompile.bench.records import plain, previous
 from mxcompile.bench.results import write_json
 from mxcompile.bench.run import describe_engine, environment, find_checkpoint
@@ -84,7 +84,7 @@ def perplexity(
     encoded = content.encode()
     report = PerplexityReport(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        options=plain({"backends": names, "context": context, "dtype": dtype, "threads": threads})
+        options=plain({"backends": tuple(names), "context": context, "dtype": dtype, "threads": threads})
         | {"text": hashlib.sha256(encoded).hexdigest()},
         engine=describe_engine(folder, config),
         checkpoint=checkpoint,
@@ -108,7 +108,9 @@ def perplexity(
         if target is not None:
             write_json(report.to_dict(), target)
 
-    if thresholds is None and YARDSTICK not in names:
+    if config.quantization is not None:
+        names.append(TWIN)
+    if thresholds is None:
         names.append(YARDSTICK)
     try:
         for name in names:
@@ -215,7 +217,10 @@ def _open(
     else:
         from mxcompile.backends.pytorch import PyTorchSession
 
-        session = PyTorchSession.load(checkpoint["path"], _dtype(name, config, dtype), config.num_layers, **options)
+        rounded = None if name == REFERENCE else (config.quantization or {}).get("experts")
+        session = PyTorchSession.load(
+            checkpoint["path"], _dtype(name, config, dtype), config.num_layers, quantize_experts=rounded, **options
+        )
 
     def predict(segment: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         state, chunk = session.new_state(1), config.limits.prefill_chunk
@@ -230,7 +235,7 @@ def _dtype(name: str, config: EngineConfig, dtype: str) -> str:
     """What a contestant computes in."""
     if name in ("engine", YARDSTICK):
         return config.dtype
-    return "float32" if name == REFERENCE else dtype
+    return "float32" if name in (REFERENCE, TWIN) else dtype
 
 
 def _names(backends: Sequence[str], config: EngineConfig, dtype: str) -> list[str]:

@@ -17,10 +17,12 @@ from mxcompile.validation.thresholds import LOGIT_SCALE, ROUNDED_FACTOR, Thresho
 SCHEMA = "mxcompile.perplexity"
 SCHEMA_VERSION = 1
 REFERENCE = "pytorch"
+TWIN = "pytorch with the engine's weights"
+"""For engines whose experts are rounded to int8: PyTorch with the weights rounded alike, which the engine is then judged against."""
 YARDSTICK = "pytorch in the engine's type"
 CHANGE_LIMIT = 1e-3
 """Largest relative change of the perplexity in exact types: near-ties of the router move single tokens to other experts, which moves the
-mean by far less than this; a percent is what a quantized engine is commonly granted."""
+mean by far less than this."""
 
 
 @dataclass
@@ -44,8 +46,8 @@ class Side:
 
 @dataclass
 class PerplexityReport:
-    """The run. `limit`: on the engine's median |difference| of a token's -log p from PyTorch's; `change_limit`: on the relative change of
-    the perplexity; both 0 until they are known."""
+    """The run. `limit`: on the engine's median |difference| of a token's -log p from that of PyTorch with the engine's weights;
+    `change_limit`: on the relative change of the perplexity from that; both 0 until they are known."""
 
     created: str
     options: dict[str, Any]
@@ -65,24 +67,35 @@ class PerplexityReport:
 
     def judge(self, thresholds: Thresholds | None) -> None:
         """Set the limits. `thresholds`: of the engine's type; None for a rounded one, where the yardstick decides."""
-        reference = self.side(REFERENCE)
-        if reference is None:
+        judging = self.judging
+        if judging is None:
             return
         if thresholds is not None:
             # One logit, and the log of the sum of all, which moves by at most as much as the logit that moves most.
-            self.limit = 2 * thresholds.logits.value * max(1e-3, reference.logit_scale) / LOGIT_SCALE
+            self.limit = 2 * thresholds.logits.value * max(1e-3, judging.logit_scale) / LOGIT_SCALE
             self.change_limit = CHANGE_LIMIT
             return
-        yardstick = next((item for item in self.summary() if item["name"] == YARDSTICK), None)
-        if yardstick is not None and yardstick["median_difference"] is not None:
-            self.limit = ROUNDED_FACTOR * yardstick["median_difference"]
-            self.change_limit = ROUNDED_FACTOR * max(abs(yardstick["change"]), CHANGE_LIMIT)
+        yardstick = self.side(YARDSTICK)
+        known = None if yardstick is None else apart(yardstick, judging)
+        if known is not None:
+            self.limit = ROUNDED_FACTOR * known["median_difference"]
+            self.change_limit = ROUNDED_FACTOR * max(abs(known["change"]), CHANGE_LIMIT)
+
+    @property
+    def judging(self) -> Side | None:
+        """The side that the engine is judged against: PyTorch in float32 with the engine's own weights."""
+        return self.side(TWIN) or self.side(REFERENCE)
+
+    @property
+    def judged(self) -> dict[str, Any] | None:
+        """How far the engine is from `judging`; see `apart`."""
+        engine, judging = self.side("engine"), self.judging
+        return None if engine is None or judging is None else apart(engine, judging)
 
     def summary(self) -> list[dict[str, Any]]:
         """By contestant: tokens, mean_nll (nats), perplexity, and against PyTorch: change (relative, of the perplexity), median_difference,
         largest_difference (of a token) and largest_at (which token of the text). None where there is no number."""
         reference = self.side(REFERENCE)
-        theirs = np.zeros(0) if reference is None or reference.left_out else reference.tokens()
         out = []
         for side in self.sides:
             mine = side.tokens()
@@ -93,14 +106,8 @@ class PerplexityReport:
             if not side.left_out and len(mine) and np.isfinite(mine).all():
                 mean = float(mine.mean())
                 row |= {"tokens": len(mine), "mean_nll": mean, "perplexity": _exp(mean)}
-                if side.name != REFERENCE and len(theirs) == len(mine) and np.isfinite(theirs).all():
-                    apart = np.abs(mine - theirs)
-                    row |= {
-                        "change": float(np.expm1(min(mean - theirs.mean(), 700.0))),
-                        "median_difference": float(np.median(apart)),
-                        "largest_difference": float(apart.max()),
-                        "largest_at": int(apart.argmax()) + 1,
-                    }
+                if side is not reference and reference is not None:
+                    row |= apart(side, reference) or {}
             out.append(row)
         return out
 
@@ -112,14 +119,15 @@ class PerplexityReport:
     @property
     def passed(self) -> bool:
         """The engine keeps both limits."""
-        row = self.engine_row
-        if row is None or row["median_difference"] is None or not self.limit:
+        found = self.judged
+        if found is None or not self.limit:
             return False
-        return bool(row["median_difference"] <= self.limit and abs(row["change"]) <= self.change_limit)
+        return bool(found["median_difference"] <= self.limit and abs(found["change"]) <= self.change_limit)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        head = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "passed": self.passed, "summary": self.summary()}
+        head = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "passed": self.passed}
+        head |= {"summary": self.summary(), "judged": self.judged}
         return head | dataclasses.asdict(self)
 
     @classmethod
@@ -149,16 +157,36 @@ def verdict(report: PerplexityReport) -> str:
         return f"The engine's perplexity is not known: {row['left_out'] if row else 'it was not run'}."
     if row["perplexity"] is None:
         return "The engine gives out what is no number, so it has no perplexity."
-    if row["change"] is None or not report.limit:
+    judged, judging = report.judged, report.judging
+    if judged is None or judging is None or not report.limit:
         return f"The engine's perplexity is {row['perplexity']:.4g}; there is no other to hold it against."
-    reference = next(item for item in report.summary() if item["name"] == REFERENCE)
+    theirs = float(np.exp(judging.tokens().mean()))
     numbers = (
-        f"perplexity {row['perplexity']:.6g}, PyTorch's {reference['perplexity']:.6g} ({row['change']:+.1e}, limit "
-        f"{report.change_limit:.0e}), half of the tokens within {row['median_difference']:.1e} (limit {report.limit:.1e})"
+        f"perplexity {row['perplexity']:.6g}, PyTorch's {theirs:.6g} ({judged['change']:+.1e}, limit {report.change_limit:.0e}), half of "
+        f"the tokens within {judged['median_difference']:.1e} (limit {report.limit:.1e})"
     )
-    return (
+    text = (
         f"The engine predicts the text {'as PyTorch does' if report.passed else 'otherwise than PyTorch'}: {numbers}."
     )
+    if judging.name == TWIN and row["change"] is not None:
+        text += f" Rounding the experts' weights changes the original's perplexity by {row['change']:+.1e}."
+    return text
+
+
+def apart(side: Side, other: Side) -> dict[str, Any] | None:
+    """change: of the perplexity from the other's, relative; median_difference and largest_difference of a token's -log p; largest_at:
+    which token of the text. None where either is missing or no number."""
+    mine, theirs = side.tokens(), other.tokens()
+    usable = not side.left_out and not other.left_out and len(mine) == len(theirs) > 0
+    if not usable or not np.isfinite(mine).all() or not np.isfinite(theirs).all():
+        return None
+    off = np.abs(mine - theirs)
+    return {
+        "change": float(np.expm1(min(mine.mean() - theirs.mean(), 700.0))),
+        "median_difference": float(np.median(off)),
+        "largest_difference": float(off.max()),
+        "largest_at": int(off.argmax()) + 1,
+    }
 
 
 def print_perplexity(report: PerplexityReport) -> None:

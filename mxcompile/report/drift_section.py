@@ -57,8 +57,8 @@ def figures(values: Values) -> list[Figure]:
                 f"Drift by decoded tokens ({item['name']})",
                 text,
                 series,
-                "decoded tokens",
-                map(str, steps),
+                "thousands of decoded tokens",
+                [f"{step / 1000:g}" for step in steps],
             )
         )
         last = [row for row in rows if row["step"] == steps[-1]]
