@@ -21,6 +21,7 @@ from engines.weights import Manifest, WeightRecord, map_weights
 from mxcompile.errors import MxcompileError
 from mxcompile.exporting import open_checkpoint, peak_memory
 from mxcompile.progress import Progress, SilentProgress, StageClock
+from mxcompile.same_model import first_difference
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from model_defs.config import ModelConfig
 
 BUILD_KEY = "build_key"  # of the options: says what a TensorRT engine was built from, which a refitted one was not
-_NOT_WEIGHTS = {"family", "tensor_prefix", "bos_token_id", "eos_token_id", "max_position_embeddings"}
 _RANK_FILE = re.compile(r"rank\d+\.")
 _SCALE = ".scale"
 
@@ -115,13 +115,11 @@ def _check_weights_outside(folder: Path, config: EngineConfig) -> None:
 
 def _check_same_model(config: EngineConfig, model: ModelConfig, folder: Path) -> None:
     """Everything that decides shapes or what is computed must be equal."""
-    found = model.to_dict()
-    for key in sorted((set(config.model) | set(found)) - _NOT_WEIGHTS):
-        if config.model.get(key) != found.get(key):
-            raise MxcompileError(
-                f"the engine was built for another model than {folder}: {key} is {config.model.get(key)!r} in the engine and "
-                f"{found.get(key)!r} in the checkpoint; build an engine of it"
-            )
+    difference = first_difference(config.model, model.to_dict(), "the checkpoint")
+    if difference is not None:
+        raise MxcompileError(
+            f"the engine was built for another model than {folder}: {difference}; build an engine of it"
+        )
 
 
 def _with_own_weights(ranks: list[RankFiles]) -> Iterator[RankFiles]:

@@ -15,6 +15,7 @@ from engines.config import EngineConfig
 from engines.interface import Session
 from mxcompile.errors import MxcompileError
 from mxcompile.progress import Progress, SilentProgress
+from mxcompile.same_model import first_difference
 from mxcompile.validation import checks
 from mxcompile.validation.checks import Bench, Schedule
 from mxcompile.validation.greedy import check_greedy
@@ -183,13 +184,9 @@ def _yardstick_session(session: Session, opened: Checkpoint | None, options: Val
 
 def _check_same_model(engine: EngineConfig, reference: EngineConfig) -> None:
     """Everything that decides what is computed must be equal."""
-    not_numerics = {"family", "tensor_prefix", "bos_token_id", "eos_token_id", "max_position_embeddings"}
-    for key in sorted((set(engine.model) | set(reference.model)) - not_numerics):
-        mine, theirs = engine.model.get(key), reference.model.get(key)
-        if mine != theirs:
-            raise MxcompileError(
-                f"the engine and the checkpoint are different models: {key} is {mine!r} in the engine and {theirs!r} in the checkpoint"
-            )
+    difference = first_difference(engine.model, reference.model, "the checkpoint")
+    if difference is not None:
+        raise MxcompileError(f"the engine and the checkpoint are different models: {difference}")
 
 
 def _compare_layers(
