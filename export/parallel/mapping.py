@@ -120,8 +120,6 @@ def _tp_problems(config: ModelConfig, tp_size: int) -> list[str]:
         problems.append(f"the {heads} attention heads do not divide by it")
     if config.softmax_layers and kv_heads % tp_size and tp_size % kv_heads:
         problems.append(f"the {kv_heads} key/value heads neither divide by it nor it by them")
-    if config.vocab_size % tp_size:
-        problems.append(f"the vocabulary of {config.vocab_size} does not divide by it")
     return problems
 
 

@@ -8,7 +8,7 @@ Cuts are contiguous ranges of an axis, so a rank's part of a checkpoint tensor i
 | key/value heads          | min(tp_size, G)    | with more ranks than heads, neighbouring ranks hold the same head    |
 | experts                  | moe_ep_size        | contiguous ranges                                                    |
 | inner width of an expert | moe_tp_size        | gate and up rows of a channel are neighbours and stay together       |
-| vocabulary               | tp_size            | embedding rows and logits                                            |
+| vocabulary               | tp_size            | embedding rows and logits; padded with zeros where it does not divide |
 """
 
 from __future__ import annotations
@@ -143,10 +143,18 @@ class ShardingPlan:
         """The part of parameter `name` that `rank` holds."""
         ranges = [(0, length) for length in self.shapes[name]]
         for axis, shared in rule_of(name).cuts:
-            pieces, piece = self.pieces(shared), self.piece(shared, rank)
-            length = self.shapes[name][axis] // pieces
-            ranges[axis] = (piece * length, (piece + 1) * length)
+            whole, length, piece = self.shapes[name][axis], self.held_shape(name)[axis], self.piece(shared, rank)
+            ranges[axis] = (min(piece * length, whole), min((piece + 1) * length, whole))
         return Part(tuple(ranges))
+
+    def held_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of parameter `name` in every rank's graph: that of a part, and zeros behind it where the last ranks' parts are smaller."""
+        shape = list(self.shapes[name])
+        for axis, shared in rule_of(name).cuts:
+            shape[axis] = -(
+                -shape[axis] // self.pieces(shared)
+            )  # only a vocabulary need not divide: `ParallelMapping.check`
+        return tuple(shape)
 
     def copies(self, name: str) -> int:
         """How many ranks hold the same part of parameter `name`."""
@@ -187,7 +195,7 @@ class ShardingPlan:
             Collective("sum of squares of the lightning norm", "all_reduce", 1, True, lightning),
             Collective("out_proj and o_proj", "all_reduce", hidden, False, config.num_layers),
             Collective("experts", "all_reduce", hidden, False, config.num_layers),
-            Collective("logits", "all_gather", config.vocab_size // self.mapping.tp_size, True, 1),
+            Collective("logits", "all_gather", -(-config.vocab_size // self.mapping.tp_size), True, 1),
         ]
         return tuple(item for item in found if item.count)
 

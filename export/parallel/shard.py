@@ -10,7 +10,8 @@ Every rank's graph has the same nodes, inputs and outputs. Rules, each for the v
 5. The experts keep the whole router's logits, so that routing is the same on every rank; `first_local_expert` says which experts the
    weights are. Their outputs, a partial sum in either way of cutting them, are all-reduced.
 6. An embedding row that another rank holds is 0 here; the all-reduce fills it in.
-7. Logits are gathered over the vocabulary.
+7. Logits are gathered over the vocabulary. Where it does not divide by the ranks, it counts as the next size that does: the last
+   weights have rows of zeros, and the logits of these are cut off behind the gathering.
 """
 
 from __future__ import annotations
@@ -80,10 +81,11 @@ class _Sharder:
         }
 
     def run(self) -> None:
+        self._pad_logits()
         for name in self.plan.shapes:
             value = self.graph.initializers[name]
             value.const_value = None
-            value.shape = ir.Shape(self.plan.part(name, self.rank).shape)
+            value.shape = ir.Shape(self.plan.held_shape(name))
             for axis, shared in rule_of(name).cuts:
                 self.cuts.setdefault(value, (axis, self.plan.pieces(shared)))
         for value in self.graph.inputs:
@@ -99,6 +101,18 @@ class _Sharder:
             if rule is None:
                 raise ExportError(f"no rule to cut the operator {node.op_type} ({node.name!r})")
             rule(node, cuts[0])
+
+    def _pad_logits(self) -> None:
+        """Give what is computed of the head the width that divides by the ranks."""
+        whole = self.plan.config.vocab_size
+        padded = -(-whole // self.ranks) * self.ranks
+        values = [self.graph.initializers["lm_head.weight"]]
+        while padded != whole and values:
+            for node in [use.node for use in values.pop().uses()]:
+                output = node.outputs[0]
+                if output.shape is not None:
+                    output.shape = ir.Shape([*output.shape[:-1], padded])
+                values += [output] if output.name != LOGITS else []
 
     def _pieces_of(self, value: ir.Value, dims: tuple[int | str, ...]) -> int:
         assert value.shape is not None
@@ -254,12 +268,20 @@ class _Sharder:
         gathered = all_gather(first.outputs[0], self.ranks, self.group)
         last = ir.node("Transpose", [gathered.outputs[0]], {"perm": [1, 2, 0]}, name="logits.gathered")
         assert isinstance(part, int)
-        last.outputs[0].name, last.outputs[0].type = LOGITS, local.type
-        last.outputs[0].shape = ir.Shape([batch, positions, part * self.ranks])
+        whole = self.plan.config.vocab_size
+        logits = last.outputs[0]
+        logits.name, logits.type = LOGITS, local.type
+        logits.shape = ir.Shape([batch, positions, part * self.ranks])
         self.graph.insert_after(node, [first, gathered, last])
+        if part * self.ranks != whole:
+            logits.name = f"{LOGITS}.padded"
+            build = _Builder(self.graph, last, logits)
+            bounds = [build.integers([number]) for number in (0, whole, 2)]
+            logits = build("Slice", [logits, *bounds], last=whole)
+            logits.name = LOGITS
         for index, value in enumerate(self.graph.outputs):
             if value is local:
-                self.graph.outputs[index] = last.outputs[0]
+                self.graph.outputs[index] = logits
         del self.cuts[local]
 
     def _exchange(self, value: ir.Value, make: Callable[[ir.Value, int, Sequence[int]], ir.Node]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -43,7 +44,24 @@ def rank_tensor(
         if found != shape:
             raise ExportError(f"tensor {tensor!r} has shape {list(found)}, the model needs {list(shape)}")
     mine, cut = _rank_recipe(recipe, part)
-    return bound_tensor(name, mine, value, _SlicedSource(source, cut, mine.tensors))
+    sliced = _SlicedSource(source, cut, mine.tensors)
+    if part.shape != plan.held_shape(name):
+        return _padded(name, mine, value, part, sliced)
+    return bound_tensor(name, mine, value, sliced)
+
+
+def _padded(name: str, recipe: Recipe, value: ir.Value, part: Part, source: _SlicedSource) -> ir.LazyTensor:
+    """A part of the vocabulary that ends early, with rows of zeros behind it."""
+    assert value.shape is not None
+    assert value.dtype is not None
+    shape, dtype = value.shape, value.dtype
+
+    def assemble() -> ir.TensorProtocol:
+        array = np.zeros(shape.numpy(), dtype.numpy())
+        array[: part.shape[0]] = recipe.assemble(source.array)
+        return ir.tensor(array, dtype=dtype, name=name)
+
+    return ir.LazyTensor(assemble, dtype=dtype, shape=shape, name=name, cache=False)
 
 
 def _stored_shape(recipe: Recipe, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ LIMIT = 320  # tokens of a sequence
 class Workshop:
     """Builds engines of one checkpoint; each mapping once."""
 
-    def __init__(self, folder: Path, preset: str = "tiny", seed: int = 0, dtype: str = "float32") -> None:
+    def __init__(self, folder: Path, preset: str | ModelConfig = "tiny", seed: int = 0, dtype: str = "float32") -> None:
         self.folder = folder
         create_checkpoint(preset, folder / "checkpoint", seed=seed, dtype=dtype)
         self.checkpoint = Checkpoint.open(folder / "checkpoint")
@@ -58,7 +58,7 @@ class Workshop:
             max_seq_len=LIMIT,
             mapping=Mapping(*sizes),
             checkpoint=Reference(str(self.checkpoint.folder), self.checkpoint.fingerprint()),
-            taps=["taps.0.hidden", "taps.7.router_logits"],
+            taps=["taps.0.hidden", f"taps.{self.config.num_layers - 1}.router_logits"],
         )
         with EngineDirWriter(path) as writer:
             if len(mapping.ranks) == 1:

@@ -22,6 +22,7 @@ from engines.config import EngineConfig
 from engines.directory import read_config
 from engines.errors import EngineError
 from engines.parallel.session import ParallelSession
+from model_defs.presets import preset
 
 mpi4py = pytest.importorskip("mpi4py", reason="running several ranks needs mpi4py and an MPI launcher")
 
@@ -77,6 +78,18 @@ def test_ranks_equal_one_rank(workshop: Workshop, expected, sizes: tuple[int, in
             )
         assert np.abs(state.key(7) - one.key(7)).max() < TOLERANCE
         assert np.abs(state.value(7) - one.value(7)).max() < TOLERANCE
+
+
+def test_a_vocabulary_that_does_not_divide(tmp_path: Path) -> None:
+    config = dataclasses.replace(preset("tiny"), vocab_size=511, layer_kinds=("lightning",), slope_layers=1)
+    odd = Workshop(tmp_path, config)
+    one = load(odd.engine(1, 1, 1), threads=1)
+    prompt = [[0, 255, 256, 510]]
+    with load(odd.engine(2, 2, 1), threads=1) as session:  # type: ignore[attr-defined]
+        assert session.vocab_size == 511
+        ours, theirs = session.new_state(1), one.new_state(1)
+        assert np.abs(session.prefill(prompt, ours) - one.prefill(prompt, theirs)).max() < TOLERANCE
+        assert np.abs(session.decode([510], ours) - one.decode([510], theirs)).max() < TOLERANCE
 
 
 def test_rows_move_between_engines(workshop: Workshop, pair: ParallelSession) -> None:

@@ -93,6 +93,12 @@ def test_all_ranks_together_equal_pytorch(sizes: tuple[int, int, int]) -> None:
     check_against_pytorch(small_config(), ParallelMapping(*sizes))
 
 
+def test_a_vocabulary_that_does_not_divide() -> None:
+    """13 over 8 ranks, two rows each: the seventh has one of its own, the eighth none."""
+    config = small_config(vocab_size=13, layer_kinds=("lightning",))
+    check_against_pytorch(config, ParallelMapping(8, 1, 8))
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[ModelConfig, ParallelMapping]:
     moe_tp, moe_ep = draw(st.sampled_from([(1, 2), (2, 1), (2, 2), (1, 4), (4, 1), (3, 1)]))
@@ -108,7 +114,7 @@ def cases(draw: st.DrawFn) -> tuple[ModelConfig, ParallelMapping]:
         num_experts_per_tok=draw(st.integers(1, min(3, experts))),
         intermediate_size=moe_tp * draw(st.integers(1, 4)),
         hidden_size=draw(st.sampled_from([8, 20, 36])),
-        vocab_size=tp * draw(st.integers(3, 9)),
+        vocab_size=draw(st.integers(2 * tp, 9 * tp)),
         layer_kinds=tuple(kinds),
     ), ParallelMapping(tp, moe_tp, moe_ep)
 
