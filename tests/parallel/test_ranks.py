@@ -202,14 +202,17 @@ def test_a_rank_killed_at_rest_is_noticed(workshop: Workshop) -> None:
         session.decode([1], state)
 
 
-def test_a_rank_killed_in_a_step_ends_the_run(workshop: Workshop) -> None:
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_a_rank_killed_in_a_step_ends_the_run(workshop: Workshop, step: str) -> None:
     session = load(workshop.engine(2, 1, 2), threads=1)
     state, pids = session.new_state(1), rank_pids(session)  # type: ignore[arg-type]
     threading.Timer(0.5, os.kill, (pids[1], signal.SIGKILL)).start()
 
     def forever() -> None:
         while True:
-            session.prefill([list(range(50))], state)
+            session.prefill([list(range(50)) if step == "prefill" else [1]], state)
+            for token in range(100 if step == "decode" else 0):
+                session.decode([token], state)
             state.clear_row(0)
 
     with pytest.raises(EngineError, match="rank") as caught:
