@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from click.testing import CliRunner
 
 from mxcompile.bench import rates
 from mxcompile.bench import run as bench_run
@@ -14,6 +15,7 @@ from mxcompile.bench.results import BenchReport, read_json
 from mxcompile.bench.run import bench
 from mxcompile.bench.statistics import spread
 from mxcompile.checkpoints import create_checkpoint
+from mxcompile.cli.bench import command
 from mxcompile.errors import MxcompileError
 
 OPTIONS = {
@@ -207,6 +209,23 @@ def test_the_engine_of_another_checkpoint_is_refused(engine, tmp_path):
     create_checkpoint("tiny", tmp_path / "other", seed=99)
     with pytest.raises(MxcompileError, match="built from another checkpoint"):
         bench(engine, BenchOptions(**OPTIONS), against=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--needle", "--resume"), "--needle runs as a whole"),
+        (("--needle", "--state-drift", "10"), "separate runs; give one of them"),
+        (("--haystack", "t.txt"), "--haystack belongs to --needle"),
+        (("--context", "10"), "--context belongs to --perplexity"),
+        (("--passes", "0"), "--passes"),
+        (("--state-drift", "0"), "not a number of tokens"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, arguments, message):
+    done = CliRunner().invoke(command, [str(tmp_path), *arguments])
+    assert done.exit_code != 0
+    assert message in (done.output + str(done.exception))
 
 
 def test_the_command(mxcompile, engine, tmp_path):
