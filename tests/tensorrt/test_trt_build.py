@@ -24,6 +24,7 @@ from engines.tensorrt.runtime import check_architectures, check_gpu, check_versi
 from engines.weights import map_weights
 from export.errors import ExportError
 from mxcompile.building import BuildSummary, build
+from mxcompile.checkpoints import create_checkpoint
 from mxcompile.errors import MxcompileError
 from mxcompile.inspection import inspect
 from plugins.errors import LibraryError
@@ -42,6 +43,16 @@ def test_every_layer_has_its_plugins(bf16_engine: Engine, stripped_engine: Engin
     assert found["plugins"] == {"LinearAttention": 7, "MoE": 8, "SoftmaxAttention": 1}
     assert found["compiled_for"]["attention"] == "plugin"
     assert {"float16", "float32"} <= set(found["precision"])
+
+
+@pytest.mark.slow
+def test_small_builds_too(plugins_at_hand: Path, tmp_path: Path) -> None:
+    """Text-01's proportions: heads and experts that `tiny` has too few of to meet every kernel's limits."""
+    create_checkpoint("small", tmp_path / "small")
+    build(tmp_path / "small", tmp_path / "e", target="tensorrt-rtx", strip_weights=True, max_batch_size=4)
+    found = inspect(tmp_path / "e")
+    assert found["plugins"] == {"LinearAttention": 7, "MoE": 8}
+    assert found["memory"][0]["weights"] >= 2 * found["parameters"]["total"]
 
 
 def test_taps_are_outputs_of_the_plan(tiny: Path, plugins_at_hand: Path, tmp_path: Path, bf16_engine: Engine) -> None:
