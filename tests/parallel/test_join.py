@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -107,6 +108,28 @@ def test_a_rank_killed_while_tokens_come_ends_the_run(workshop: Workshop) -> Non
     assert process.returncode != 0
     assert "rank 1" in err
     _, alive = psutil.wait_procs(started, timeout=10)
+    assert alive == []
+
+
+def test_ctrl_c_ends_the_command_and_its_ranks(workshop: Workshop) -> None:
+    """Without a launcher: the command has started the ranks itself."""
+    arguments = ("--tokens", "1,2,3", "--max-new-tokens", "300", "--threads", "1")
+    process = subprocess.Popen(
+        [sys.executable, *RUN, str(workshop.engine(2, 1, 2)), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(1)  # the first token
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    assert len(ranks) >= 2
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "error: interrupted\n"
+    _, alive = psutil.wait_procs(ranks, timeout=10)
     assert alive == []
 
 
