@@ -130,7 +130,9 @@ class _Quantized:
             self._error.squared_error += squared_error
             self._error.squared_weight += squared_weight
         self._scales = scales
-        return ir.tensor(values.view(np.uint8) ^ np.uint8(ZERO), name=self._source.name)
+        unsigned = values.view(np.uint8)
+        np.bitwise_xor(unsigned, np.uint8(ZERO), out=unsigned)  # in place: the matrices of a layer are gigabytes
+        return ir.tensor(unsigned, name=self._source.name)
 
     def scales(self) -> ir.TensorProtocol:
         if self._scales is None:

@@ -40,8 +40,9 @@ def signed(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     """Rule 2."""
 
     def made() -> ir.TensorProtocol:
-        flipped = tensor.numpy() ^ np.uint8(128)
-        return ir.tensor(flipped.view(np.int8), name=tensor.name)
+        unsigned = np.require(tensor.numpy(), requirements="W")  # made for us; a copy only where it was not
+        np.bitwise_xor(unsigned, np.uint8(128), out=unsigned)
+        return ir.tensor(unsigned.view(np.int8), name=tensor.name)
 
     return ir.LazyTensor(
         made, dtype=ir.DataType.INT8, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name, cache=False
