@@ -80,6 +80,27 @@ def test_ranks_equal_one_rank(workshop: Workshop, expected, sizes: tuple[int, in
         assert np.abs(state.value(7) - one.value(7)).max() < TOLERANCE
 
 
+@pytest.mark.slow
+def test_ranks_of_small_equal_one_rank(tmp_path: Path) -> None:
+    """One layer of each kind in the widths of `small`; `benchmarks/parallel_matrix.py` runs all of it in all mappings."""
+    config = dataclasses.replace(preset("small"), layer_kinds=("lightning", "softmax"), slope_layers=2)
+    shop = Workshop(tmp_path, config)
+    one = load(shop.engine(1, 1, 1), threads=1)
+    prompt = np.random.default_rng(0).integers(0, one.vocab_size, 200).tolist()
+    with load(shop.engine(4, 2, 2), threads=1) as session:  # type: ignore[attr-defined]
+        ours, theirs, pieces = session.new_state(1), one.new_state(1), session.new_state(1)
+        expected = one.prefill([prompt], theirs)
+        assert np.abs(session.prefill([prompt], ours) - expected).max() < TOLERANCE
+        assert np.abs(session.prefill([prompt], pieces, chunk=64) - expected).max() < TOLERANCE
+        for _ in range(20):
+            token = expected.argmax(-1)
+            expected = one.decode(token, theirs)
+            assert np.abs(session.decode(token, ours) - expected).max() < TOLERANCE
+        scale = np.abs(theirs.recurrent(0)).max()
+        assert np.abs(ours.recurrent(0) - theirs.recurrent(0)).max() < TOLERANCE * scale
+        assert np.abs(ours.key(1) - theirs.key(1)).max() < TOLERANCE
+
+
 def test_a_vocabulary_that_does_not_divide(tmp_path: Path) -> None:
     config = dataclasses.replace(preset("tiny"), vocab_size=511, layer_kinds=("lightning",), slope_layers=1)
     odd = Workshop(tmp_path, config)
