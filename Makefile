@@ -29,9 +29,11 @@ demo: setup
 	$(BIN)/mxcompile validate $(DEMO)/engine --against $(DEMO)/checkpoint --json $(DEMO)/validation.json
 	$(BIN)/mxcompile run $(DEMO)/engine --prompt "The lightning layers remember" --max-new-tokens 64
 	$(BIN)/mxcompile bench $(DEMO)/engine --backend engine --backend pytorch --backend transformers \
-		--prompt-lengths 128,1k --batch-sizes 1 --new-tokens 32 --repeats 3 --json $(DEMO)/bench.json
+		--prompt-lengths 128,1k --batch-sizes 1 --new-tokens 32 --repeats 3 --passes 1 --json $(DEMO)/bench.json
+	$(BIN)/mxcompile bench $(DEMO)/engine --perplexity README.md --json $(DEMO)/text.json
+	$(BIN)/mxcompile bench $(DEMO)/engine --state-drift 100,1000 --json $(DEMO)/drift.json
 	$(BIN)/mxcompile report $(DEMO)/engine --against $(DEMO)/checkpoint --validation $(DEMO)/validation.json \
-		--bench $(DEMO)/bench.json -o $(DEMO)/report.html
+		--bench $(DEMO)/bench.json --perplexity $(DEMO)/text.json --state-drift $(DEMO)/drift.json -o $(DEMO)/report.html
 	@echo "Report: $(abspath $(DEMO))/report.html"
 
 test: setup lint
