@@ -39,6 +39,7 @@ LONG = {"max_tokens": 250, "end_id": -1}
 LOG_PROBS = 1e-3  # absolute; logits were seen to move by 2e-5 beside others
 BURST = 60  # requests at once: more than slots and queue hold
 MAX_QUEUE = 40
+LEAST_ACTIONS = 6  # of each client: on a slow machine, a short soak is longer
 
 # data, what the error must say; for both generate endpoints
 MALFORMED: list[tuple[bytes | Body, str]] = [
@@ -127,10 +128,11 @@ class Clients:
         ]
 
     def run(self, seed: int, end: float) -> None:
-        """One client's life until the time `end` (monotonic)."""
-        source = random.Random(seed)
+        """One client's life until the time `end` (monotonic), and for some actions at least."""
+        source, done = random.Random(seed), 0
         weights, actions = zip(*self._actions, strict=True)
-        while time.monotonic() < end:
+        while time.monotonic() < end or done < LEAST_ACTIONS:
+            done += 1
             action = source.choices(actions, weights)[0]
             start = time.monotonic()
             try:
