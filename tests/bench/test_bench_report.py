@@ -14,6 +14,7 @@ import pytest
 from bench_models import made_drift, made_perplexity
 
 from engines.directory import read_config
+from model_defs.constants import decay_slopes, rotary_frequencies
 from mxcompile.backends.pytorch import PyTorchSession
 from mxcompile.bench.agreement import SAME
 from mxcompile.bench.results import BenchReport, Cell, Contestant, LayerTimes, NotRun, write_json
@@ -275,16 +276,36 @@ def test_a_text_is_measured_now(engine, checkpoint, files, tmp_path):
     assert found["verdict"]["status"] == "passed"
 
 
-def test_a_wrong_engine_is_named_by_layer_and_kind(checkpoint, engine):
-    session = PyTorchSession.load(checkpoint, threads=2)
-    weight = session.model.layers[1].block_sparse_moe.fc2.weight
+def swap_two_experts(model):
+    weight = model.layers[1].block_sparse_moe.fc2.weight
     weight.data[[0, 1]] = weight.data[[1, 0]].clone()
+
+
+def decay_of_the_next_layer(model):
+    model.layers[0].self_attn.slopes = decay_slopes(model.config, 1).tolist()
+
+
+def full_instead_of_half_rotary(model):
+    model.frequencies = rotary_frequencies(model.config.head_dim, model.config.rope_theta).tolist()
+
+
+@pytest.mark.parametrize(
+    ("plant", "sentence"),
+    [
+        (swap_two_experts, "layer 1, the experts:.*of experts 0, 1"),
+        (decay_of_the_next_layer, "layer 0, the lightning attention:.*decay"),
+        (full_instead_of_half_rotary, "layer 1, the softmax attention:.*rotary"),
+    ],
+)
+def test_a_wrong_engine_is_named_by_layer_and_kind(checkpoint, engine, plant, sentence):
+    session = PyTorchSession.load(checkpoint, threads=2)
+    plant(session.model)
     found = validate(session, checkpoint, ValidationOptions(quick=True, lengths=(20,), threads=2))
-    values = compare(validations=[("swapped", found)], benches=[("b", made_bench(engine))])
+    values = compare(validations=[("faulty", found)], benches=[("b", made_bench(engine))])
     assert values["verdict"]["status"] == "failed"
-    text = page(values)
+    text = html.unescape(re.sub(r"<[^>]+>", "", page(values)))
     assert "Do not put this engine into production" in text
-    assert "First difference in layer 1, the experts" in text
+    assert re.match(f"First difference in {sentence}", text[text.index("First difference") :][:400])
 
 
 @pytest.mark.parametrize(
