@@ -1,6 +1,6 @@
 """Run a TensorRT engine: ragged prefill in chunks, decode through a CUDA graph, states on the device and in place.
 
-The logic has run against a device of host memory and an engine that evaluates the lowered graph (tests/tensorrt); it has never run on a
+The logic has run against a device of host memory and an engine that evaluates the lowered graph (tests/trt); it has never run on a
 GPU.
 
 Shape suffixes: B batch rows, T new tokens, P positions with logits, N vocabulary, R rows of one run.

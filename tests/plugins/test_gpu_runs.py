@@ -49,7 +49,7 @@ raise SystemExit(work(parser.parse_args(), about, case))
 def test_a_crash_and_a_hang_cost_one_test_each(tmp_path: Path) -> None:
     (tmp_path / "test_made_up.py").write_text(TESTS)
     env = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks" / "gpu")}
-    arguments = [str(tmp_path / "test_made_up.py"), "-n0", f"--rootdir={tmp_path}", "-c", os.devnull]
+    arguments = [str(tmp_path / "test_made_up.py"), f"--rootdir={tmp_path}", "-c", os.devnull]
     found = run.run_group("made up", arguments, tmp_path / "log", 300, 8, env)
     wrong = {name.rpartition("::")[2]: record["outcome"] for name, record in found["wrong"].items()}
     assert wrong.pop("test_hangs").startswith("hung")

@@ -81,7 +81,7 @@ def test_limits_are_those_of_the_engines_dtype(checkpoint):
     assert thresholds_for(dataclasses.replace(config, dtype="bfloat16")) is None
     refused: list[tuple[EngineConfig, str]] = [
         (dataclasses.replace(config, dtype="int3"), "int3"),
-        (dataclasses.replace(config, quantization={"experts": "int8"}), "int8"),
+        (dataclasses.replace(config, quantization={"experts": "int4"}), "int4"),
     ]
     for changed, word in refused:
         with pytest.raises(MxcompileError, match=word):
