@@ -115,8 +115,8 @@ def verdict(report: DriftReport) -> str:
     worst = report.worst("recurrence")
     assert worst is not None
     return (
-        f"The recurrent states do not drift over {last} decoded tokens: largest relative error {_number(worst[1].error)} "
-        f"(layer {worst[0].layer}, after {worst[0].step} tokens), limit {worst[1].limit:.1e}."
+        f"The recurrent states do not drift over {last} decoded tokens: the relative error nearest to its limit is "
+        f"{_number(worst[1].error)} (layer {worst[0].layer}, after {worst[0].step} tokens), limit {worst[1].limit:.1e}."
     )
 
 
