@@ -125,7 +125,7 @@ class Scheduler:
         self._open: dict[Ticket, int] = {}  # answers that have not ended
         self._cancelled: set[Ticket] = set()
         self._busy_sessions: set[str] = set()
-        self._draining = False
+        self._closed: str | None = None  # why nothing is let in any more
 
     @property
     def active(self) -> int:
@@ -168,13 +168,13 @@ class Scheduler:
     def drain(self) -> None:
         """Refuse what comes from now on; what was let in is served to its end."""
         with self._changed:
-            self._draining = True
+            self._closed = "the server is shutting down"
             self._changed.notify()
 
     def wait(self, timeout: float) -> None:
         """Return when there may be something to do, or after `timeout` seconds."""
         with self._changed:
-            if self.idle and not self._cancelled and not self._draining:
+            if self.idle and not self._cancelled and self._closed is None:
                 self._changed.wait(timeout)
 
     def step(self) -> bool:
@@ -191,16 +191,16 @@ class Scheduler:
         return bool(decoding) or self.active > 0
 
     def fail_all(self, message: str) -> None:
-        """End every request with Failed("unavailable"): the engine is gone."""
+        """The engine is gone: end every request with Failed("unavailable"), and refuse what comes, with `message`."""
         with self._changed:
-            self._draining = True
+            self._closed = message
             tickets = {job.ticket for job in [*self._queue, *self._slots] if job is not None}
         for ticket in tickets:
             self._fail(ticket, Failed("unavailable", message))
 
     def _check(self, request: Request) -> None:
-        if self._draining:
-            raise RequestError("the server is shutting down", "unavailable")
+        if self._closed is not None:
+            raise RequestError(self._closed, "unavailable")
         past = 0
         longest = self.limits.max_prompt_tokens
         if longest is not None and len(request.prompt) > longest:

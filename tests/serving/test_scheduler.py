@@ -268,6 +268,16 @@ def test_draining_serves_what_was_let_in():
     assert all(isinstance(client.end, Finished) for client in clients)
 
 
+def test_a_request_after_the_engine_is_gone_is_told_so_and_not_that_the_server_ends():
+    scheduler = Scheduler(ToySession(max_batch_size=1))
+    clients = [ask(scheduler, [1])[0] for _ in range(2)]
+    scheduler.step()
+    scheduler.fail_all("the engine failed")
+    assert [client.end for client in clients] == [Failed("unavailable", "the engine failed")] * 2
+    with pytest.raises(RequestError, match=r"^the engine failed$"):
+        ask(scheduler, [1])
+
+
 def test_many_threads_submit_and_cancel_while_one_steps():
     scheduler = Scheduler(ToySession(max_batch_size=2))
     clients, lock = [], threading.Lock()
