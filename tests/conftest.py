@@ -1,7 +1,11 @@
-"""Makes the oracles importable from every test folder, and skips visible where they would hide a missing package.
+"""Makes the oracles importable from every test folder, and skips visible where they would hide a missing package; the
+same examples in every run.
 
 With MXCOMPILE_NO_SKIPS=1 (as CI sets it, where every package is installed) only a missing GPU, or something that
 no package can bring (marker ``machine``), excuses a test; any other skip is a failure.
+
+Hypothesis draws the same examples each time, and no example has a deadline: a test that passed fails because of a change,
+never of luck or of a busy machine. `pytest --hypothesis-profile=explore` (with `--hypothesis-seed=N` to choose) draws others.
 """
 
 import os
@@ -10,11 +14,17 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent / "oracle"))
 
 _NO_SKIPS = os.environ.get("MXCOMPILE_NO_SKIPS") == "1"
 _EXCUSES = ("gpu", "machine")
+
+# How long examples take says nothing about them.
+settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")
 
 
 def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
