@@ -101,7 +101,7 @@ def build(
         tp_size, moe_tp_size, moe_ep_size: ranks that share the model, and how they share the experts
             (`export.parallel.mapping`).
         cp_size: sets of such ranks that share the tokens of a prefill chunk (`export.parallel.context`).
-        build_jobs: ranks to build at a time, for ONNX Runtime; default: as many as cores and memory allow.
+        build_jobs: ranks to build at a time; default: as many as cores and memory allow, one for `tensorrt`, which times kernels.
         threads: CPU threads; default: the CPUs this process may use.
         force: replace an engine that is at `output`.
 
@@ -115,10 +115,8 @@ def build(
     if dtype not in TARGET_DTYPES[target]:
         known = TARGET_DTYPES[target]
         raise MxcompileError(f"the target {target} runs {', '.join(known)}, not {dtype}; build with --dtype {known[0]}")
-    if build_jobs is not None and (build_jobs < 1 or target != "onnxruntime"):
-        raise MxcompileError(
-            "--build-jobs is a number of ranks, at least 1, to build at a time for the target onnxruntime"
-        )
+    if build_jobs is not None and build_jobs < 1:
+        raise MxcompileError(f"--build-jobs is a number of ranks to build at a time, at least 1, not {build_jobs}")
     if quantize_experts is not None:
         check_choice("quantize-experts", quantize_experts, QUANTIZATIONS)
     if device != "cpu" and (target != "onnxruntime" or tp_size > 1 or cp_size > 1):
@@ -146,6 +144,7 @@ def build(
             tp_size=tp_size,
             moe_tp_size=moe_tp_size,
             moe_ep_size=moe_ep_size,
+            build_jobs=build_jobs,
             force=force,
             progress=progress,
         )

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 from engines.config import EngineConfig, FileRecord
 from engines.directory import EngineDirWriter, EngineFiles
 from engines.errors import ENVIRONMENT, EngineError
+from engines.tensorrt.build import BuildRequest as TensorRTRequest
+from mxcompile.building import quantize, referenced_bytes
 from mxcompile.machine import available_memory
 from mxcompile.progress import Progress, Stage
 
@@ -38,7 +40,13 @@ PARALLEL_FROM = (
 )  # bytes of weights from which processes gain more than the two seconds that they take to start
 PROCESS_BYTES = 400 << 20  # of a process before it has touched a weight
 COPIES = 3  # of its largest weight that a rank holds for a moment: as stacked, in the engine's type, and as pages of the checkpoint
-STAGES = {"lower": (0, 10), "bind weights": (10, 70), "cut": (80, 20)}  # of a rank's bar in percent: start and length
+TENSORRT_BYTES = (
+    1 << 30
+)  # the same of a process that compiles a plan: TensorRT's libraries, and what its compiler takes
+INSIDE = 2  # of all its weights where they go into the plan: pages of what they are read from, and TensorRT's own copy
+# Of a rank's bar in percent: start and length.
+STAGES = {"lower": (0, 10), "bind weights": (10, 70), "cut": (80, 20)}
+TENSORRT_STAGES = {"lower": (0, 10), "bind weights": (10, 50), "build": (60, 40)}
 
 Report = Callable[[str, int, int], None]
 
@@ -50,7 +58,7 @@ class RankTask:
     graph: str  # file of the whole model's canonical graph, without weights
     checkpoint: str
     plan: ShardingPlan
-    request: BuildRequest
+    request: BuildRequest | TensorRTRequest
     folder: str  # to write into
     target: str  # name of the engine in errors
 
@@ -62,6 +70,8 @@ class BuiltRank:
     config: str  # JSON of the EngineConfig
     records: dict[str, dict[str, Any]]  # of the files written
     referenced: int  # bytes that stay in the checkpoint
+    exchanges: list[list[str]]  # of a TensorRT plan: name and shape of each, which all ranks must have alike
+    quantization: tuple[float, float] | None  # the sums of a QuantizationError, where weights were quantized
 
 
 def build_ranks(
@@ -69,7 +79,7 @@ def build_ranks(
     plan: ShardingPlan,
     checkpoint: Path,
     writer: EngineDirWriter,
-    request: BuildRequest,
+    request: BuildRequest | TensorRTRequest,
     progress: Progress,
     jobs: int | None = None,
 ) -> tuple[EngineConfig, int]:
@@ -81,12 +91,11 @@ def build_ranks(
 
     Raises EngineError (or what a rank's own failure is) after all other ranks have been stopped.
     """
-    from engines.parallel.build import together
     from export.save import save_graph
 
     assert writer.path is not None
     ranks = range(plan.mapping.tp_size)
-    jobs = min(jobs or possible_jobs(plan, request.dtype), len(ranks))
+    jobs = min(jobs or possible_jobs(plan, request), len(ranks))
     with tempfile.TemporaryDirectory(prefix="mxcompile-build-") as scratch:
         graph = Path(scratch) / "model.onnx"
         save_graph(model, graph)
@@ -97,15 +106,15 @@ def build_ranks(
             for rank in ranks
         ]
         with contextlib.ExitStack() as bars:
-            reports = [_bar(bars.enter_context(progress.stage(f"rank {rank}", 100))) for rank in ranks]
+            stages = TENSORRT_STAGES if isinstance(request, TensorRTRequest) else STAGES
+            reports = [_bar(bars.enter_context(progress.stage(f"rank {rank}", 100)), stages) for rank in ranks]
             if jobs == 1:
                 built = [build_one(task, report) for task, report in zip(tasks, reports, strict=True)]
             else:
                 built = _in_processes(tasks, reports, jobs, Path(scratch))
     for one in built:  # in the order of ranks, whichever was ready first
         writer.records |= {name: FileRecord(**record) for name, record in one.records.items()}
-    configs = [EngineConfig.from_json(one.config, "a rank's configuration") for one in built]
-    return together(configs), sum(one.referenced for one in built)
+    return _together(built, request), sum(one.referenced for one in built)
 
 
 def build_one(task: RankTask, report: Report) -> BuiltRank:
@@ -113,6 +122,7 @@ def build_one(task: RankTask, report: Report) -> BuiltRank:
     import onnx_ir as ir
 
     from engines.parallel.build import build_rank
+    from engines.tensorrt import ranks as tensorrt
     from export.parallel.shard import shard
     from export.parallel.weights import bind_rank_weights
     from model_defs.checkpoint.reader import Checkpoint
@@ -120,32 +130,62 @@ def build_one(task: RankTask, report: Report) -> BuiltRank:
     request, files = task.request, EngineFiles(Path(task.folder), Path(task.target))
     mine = shard(ir.load(task.graph), task.plan, request.rank)
     bind_rank_weights(mine, task.plan, request.rank, Checkpoint.open(task.checkpoint))
-    tensors = (value.const_value for value in mine.graph.initializers.values())
-    referenced = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
-    config = build_rank(mine, files, request, report)
-    return BuiltRank(config.to_json(), {name: asdict(record) for name, record in files.records.items()}, referenced)
+    error = quantize(mine) if request.quantization is not None else None
+    referenced, exchanges = referenced_bytes(mine), []
+    if isinstance(request, TensorRTRequest):
+        referenced *= request.strip_weights
+        made = tensorrt.build_rank(mine, files, request, report)
+        config, exchanges = made.config, made.exchanges
+    else:
+        config = build_rank(mine, files, request, report)
+    records = {name: asdict(record) for name, record in files.records.items()}
+    sums = None if error is None else (error.squared_error, error.squared_weight)
+    return BuiltRank(config.to_json(), records, referenced, exchanges, sums)
 
 
-def possible_jobs(plan: ShardingPlan, dtype: str) -> int:
-    """How many ranks may be built at a time on this machine as it is now."""
+def _together(built: list[BuiltRank], request: BuildRequest | TensorRTRequest) -> EngineConfig:
+    """The configuration of the whole engine."""
+    from engines.parallel import build as onnxruntime
+    from engines.tensorrt import ranks as tensorrt
+    from export.quantize import QuantizationError
+
+    configs = [EngineConfig.from_json(one.config, "a rank's configuration") for one in built]
+    if isinstance(request, TensorRTRequest):
+        ranks = zip(configs, built, strict=True)
+        whole = tensorrt.together([tensorrt.BuiltRank(config, one.exchanges) for config, one in ranks])
+    else:
+        whole = onnxruntime.together(configs)
+    errors = [QuantizationError(*one.quantization) for one in built if one.quantization is not None]
+    return replace(whole, quantization=sum(errors, QuantizationError()).described()) if errors else whole
+
+
+def possible_jobs(plan: ShardingPlan, request: BuildRequest | TensorRTRequest) -> int:
+    """How many ranks may be built at a time on this machine as it is now.
+
+    One for TensorRT proper: it chooses kernels by their time on the GPU, and ranks that are built at once would disturb each other.
+    """
     import numpy as np
 
-    itemsize = np.dtype("float16" if dtype == "bfloat16" else dtype).itemsize
+    itemsize = np.dtype("float16" if request.dtype == "bfloat16" else request.dtype).itemsize
     sizes = [plan.part(name, 0).size * itemsize for name in plan.shapes]
-    memory = available_memory()
+    memory, need = available_memory(), PROCESS_BYTES + COPIES * max(sizes)
+    if isinstance(request, TensorRTRequest):
+        if request.target == "tensorrt":
+            return 1
+        need += TENSORRT_BYTES - PROCESS_BYTES + (0 if request.strip_weights else INSIDE * sum(sizes))
     if memory is None or sum(sizes) * plan.mapping.tp_size < PARALLEL_FROM:
         return 1
-    return max(1, min(len(os.sched_getaffinity(0)), memory // (PROCESS_BYTES + COPIES * max(sizes))))
+    return max(1, min(len(os.sched_getaffinity(0)), memory // need))
 
 
-def _bar(stage: Stage) -> Report:
+def _bar(stage: Stage, stages: Mapping[str, tuple[int, int]]) -> Report:
     """Turns a rank's stages into the percent of its bar."""
     shown = 0
 
     def report(name: str, done: int, total: int) -> None:
         nonlocal shown
-        start, length = STAGES.get(name, (shown, 0))
-        percent = start + length * done // max(total, 1)
+        start, length = stages.get(name, (shown, 0))
+        percent = max(shown, start + length * done // max(total, 1))  # TensorRT compiles in several rounds
         stage.advance(percent - shown)
         shown = percent
 
@@ -198,7 +238,8 @@ def _start(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ
+            | {"PYTHONPATH": path, "TMPDIR": str(scratch)},  # what it leaves there goes with the scratch folder
             start_new_session=True,  # Ctrl-C is this process's to handle
         )
     assert process.stdin is not None

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from engines.tensorrt.build import BuildRequest
-    from export.parallel.plan import ShardingPlan
-    from export.quantize import QuantizationError
     from export.weights import Source
     from model_defs.checkpoint.reader import Checkpoint
     from model_defs.config import ModelConfig
@@ -50,6 +48,7 @@ def build_tensorrt(
     tp_size: int = 1,
     moe_tp_size: int | None = None,
     moe_ep_size: int | None = None,
+    build_jobs: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> BuildSummary:
@@ -67,7 +66,8 @@ def build_tensorrt(
     from export.parallel.plan import ShardingPlan
 
     wanted = find_gpu(gpu, target)
-    clock = StageClock(progress or SilentProgress())
+    shown = progress or SilentProgress()
+    clock = StageClock(shown)
     with clock.stage("read"):
         opened, config = open_checkpoint(Path(checkpoint), layers)
         check_limits(config, max_batch_size, max_seq_len, prefill_chunk)
@@ -99,8 +99,14 @@ def build_tensorrt(
             with clock.stage("trace"):
                 model = graph(config, dtype)
             request = dataclasses.replace(request, options={BUILD_KEY: key, "layers": layers, "target": target})
-            with StageByName(clock) as report:
-                engine, referenced = _build_engine(model, plan, opened, writer, request, report)
+            if tp_size > 1:
+                from mxcompile.rank_building import build_ranks
+
+                with clock.stage("ranks"):
+                    engine, referenced = build_ranks(model, plan, opened.folder, writer, request, shown, build_jobs)
+            else:
+                with StageByName(clock) as report:
+                    engine, referenced = _build_engine(model, config, opened, writer, request, report)
             for file in opened.tokenizer_files:
                 writer.add(file.name, file)
             engine = writer.commit(engine)
@@ -124,43 +130,21 @@ def build_tensorrt(
 
 def _build_engine(
     model: ir.Model,
-    plan: ShardingPlan,
+    config: ModelConfig,
     checkpoint: Checkpoint,
     writer: EngineDirWriter,
     request: BuildRequest,
     report: StageByName,
 ) -> tuple[EngineConfig, int]:
-    """The files of all ranks from one trace; also the bytes that stay in the checkpoint, of all ranks together."""
+    """The files of an engine of one rank; also the bytes that stay in the checkpoint."""
     from engines.tensorrt.build import build
-    from engines.tensorrt.ranks import build_ranks
-    from export.parallel.shard import shard
-    from export.parallel.weights import bind_rank_weights
     from export.weights import bind_weights
 
-    referenced = 0
-    errors: list[QuantizationError] = []
-
-    def graph_of(rank: int) -> ir.Model:
-        nonlocal referenced
-        if plan.mapping.tp_size == 1:
-            mine = model
-            bind_weights(mine, plan.config, cast("Source", checkpoint))
-        else:
-            mine = shard(model, plan, rank)
-            bind_rank_weights(mine, plan, rank, cast("Source", checkpoint))
-        if request.quantization is not None:
-            errors.append(quantize(mine))
-        referenced += referenced_bytes(mine) if request.strip_weights else 0
-        return mine
-
-    one_rank = plan.mapping.tp_size == 1
-    engine = build(graph_of(0), writer, request, report) if one_rank else build_ranks(graph_of, writer, request, report)
-    if errors:
-        total = errors[0]
-        for error in errors[1:]:
-            total = total + error
-        engine = dataclasses.replace(engine, quantization=total.described())
-    return engine, referenced
+    bind_weights(model, config, cast("Source", checkpoint))
+    error = quantize(model) if request.quantization is not None else None
+    referenced = referenced_bytes(model) if request.strip_weights else 0
+    engine = build(model, writer, request, report)
+    return (engine if error is None else dataclasses.replace(engine, quantization=error.described())), referenced
 
 
 def _key(request: Any) -> str:

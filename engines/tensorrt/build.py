@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from engines.config import Checkpoint, EngineConfig, Limits, Mapping, RankFiles
 from engines.contract import port, states
-from engines.directory import EngineDirWriter
+from engines.directory import EngineFiles
 from engines.errors import ENVIRONMENT, EngineError
 from engines.placing import Progress, place_weights
 from engines.tensorrt.gpus import Gpu, aim_at
@@ -72,7 +72,7 @@ class BuildRequest:
 
 def build(
     model: ir.Model,
-    writer: EngineDirWriter,
+    writer: EngineFiles,
     request: BuildRequest,
     progress: Progress | None = None,
     plugin_folder: Path | None = None,
@@ -89,7 +89,7 @@ def build(
 
 def build_rank(
     model: ir.Model,
-    writer: EngineDirWriter,
+    writer: EngineFiles,
     request: BuildRequest,
     progress: Progress | None = None,
     plugin_folder: Path | None = None,

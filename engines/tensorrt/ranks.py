@@ -8,65 +8,67 @@ exchange plugin of our own would do what the layer does.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
-from engines.config import EngineConfig, RankFiles
-from engines.directory import EngineDirWriter
+from engines.config import EngineConfig
+from engines.directory import EngineFiles
 from engines.errors import EngineError
 from engines.parallel.heads import of_all_ranks
 from engines.placing import Progress
-from engines.tensorrt.build import BuildRequest, CompiledPlan, build_rank
+from engines.tensorrt import build
+from engines.tensorrt.build import BuildRequest, CompiledPlan
 
 COLLECTIVE = "DistCollective"
 
 
-def build_ranks(
-    graph_of: Callable[[int], ir.Model],
-    writer: EngineDirWriter,
+@dataclass(frozen=True)
+class BuiltRank:
+    """One rank's configuration, and name and shape of every exchange of its plan in order."""
+
+    config: EngineConfig
+    exchanges: list[list[str]]
+
+
+def build_rank(
+    model: ir.Model,
+    writer: EngineFiles,
     request: BuildRequest,
     progress: Progress | None = None,
     plugin_folder: Path | None = None,
-) -> EngineConfig:
-    """Write the files of all ranks with `writer`, one rank in memory at a time; commit the directory yourself.
+) -> BuiltRank:
+    """Write the files of the one rank that `request` names. Ranks may be built in any order, and in processes of their own.
 
     Args:
-        graph_of: makes a rank's canonical graph with its collectives and bound weights.
-        request: `request.mapping` says how many ranks there are.
+        model: the rank's canonical graph with its collectives and bound weights.
 
-    Raises EngineError as `engines.tensorrt.build.build` does, and where TensorRT lost an exchange or ranks have different ones.
+    Raises EngineError as `engines.tensorrt.build.build` does, and where TensorRT lost an exchange.
     """
-    ranks, config = request.mapping.tp_size, None
-    files: list[RankFiles] = []
-    memory: list[Any] = []
-    first: list[tuple[str, str]] = []
-    for rank in range(ranks):
-        model = graph_of(rank)
-        wanted = sum(node.op_type == COLLECTIVE for node in model.graph)
-        config, compiled = build_rank(model, writer, replace(request, rank=rank), progress, plugin_folder)
-        found = exchanges(compiled)
-        if len(found) != wanted:
-            raise EngineError(
-                f"rank {rank}: TensorRT made {len(found)} exchanges of {wanted}; it would compute nonsense"
-            )
-        first = found if rank == 0 else first
-        if found != first:
+    wanted = sum(node.op_type == COLLECTIVE for node in model.graph)
+    config, compiled = build.build_rank(model, writer, request, progress, plugin_folder)
+    found = exchanges(compiled)
+    if len(found) != wanted:
+        raise EngineError(f"TensorRT made {len(found)} exchanges of {wanted}; the rank would compute nonsense")
+    return BuiltRank(replace(config, options=config.options | {"parallel_build": _build_id(request)}), found)
+
+
+def together(ranks: Sequence[BuiltRank]) -> EngineConfig:
+    """The configuration of the whole engine from its ranks, in order. EngineError where they exchange different things."""
+    for rank, one in enumerate(ranks):
+        if one.exchanges != ranks[0].exchanges:
             raise EngineError(f"rank {rank} exchanges other values than rank 0; the ranks would wait for ever")
-        files += config.ranks
-        memory += config.options["memory"]
-    assert config is not None
-    whole = of_all_ranks(config, files)
-    return replace(whole, options=whole.options | {"parallel_build": _build_id(request), "memory": memory})
+    memory = [entry for one in ranks for entry in one.config.options["memory"]]
+    whole = of_all_ranks(ranks[-1].config, [files for one in ranks for files in one.config.ranks])
+    return replace(whole, options=whole.options | {"memory": memory})
 
 
-def exchanges(compiled: CompiledPlan) -> list[tuple[str, str]]:
+def exchanges(compiled: CompiledPlan) -> list[list[str]]:
     """Name and shape of every exchange of a plan, in order; all ranks must have the same."""
     return [
-        (str(layer["name"]), str(layer["outputs"])) for layer in compiled.layers if layer["type"] == "DIST_COLLECTIVE"
+        [str(layer["name"]), str(layer["outputs"])] for layer in compiled.layers if layer["type"] == "DIST_COLLECTIVE"
     ]
 
 

@@ -22,7 +22,8 @@ from engines.onnxruntime.build import BuildRequest
 from export.parallel.mapping import ParallelMapping
 from export.parallel.plan import ShardingPlan
 from model_defs.presets import preset
-from mxcompile import rank_building
+from mxcompile import building, rank_building
+from mxcompile.errors import MxcompileError
 from mxcompile.exporting import graph, open_checkpoint
 from mxcompile.progress import SilentProgress
 
@@ -148,12 +149,12 @@ def test_memory_and_cores_say_how_many_ranks_at_a_time(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(6)))
     for memory, jobs in ((None, 1), (need - 1, 1), (2 * need, 2), (5 * need + 1, 5), (100 * need, 6)):
         monkeypatch.setattr(rank_building, "available_memory", lambda memory=memory: memory)
-        assert rank_building.possible_jobs(plan, "bfloat16") == jobs
+        assert rank_building.possible_jobs(plan, BuildRequest({}, 1, 16, dtype="bfloat16")) == jobs
     small = dataclasses.replace(preset("tiny"), vocab_size=480)  # too little work for a process to pay
-    assert rank_building.possible_jobs(ShardingPlan(small, ParallelMapping.of(4)), "float32") == 1
+    assert rank_building.possible_jobs(ShardingPlan(small, ParallelMapping.of(4)), BuildRequest({}, 1, 16)) == 1
 
 
-def test_jobs_are_for_ranks_of_onnxruntime(mxcompile, tiny_checkpoint, tmp_path):
-    done = mxcompile("build", tiny_checkpoint, "-o", tmp_path / "e", "--target", "tensorrt-rtx", "--build-jobs", "2")
-    assert done.returncode == 2
-    assert "--build-jobs" in done.stderr
+def test_jobs_are_at_least_one(tiny_checkpoint, tmp_path):
+    with pytest.raises(MxcompileError, match="--build-jobs") as caught:
+        building.build(tiny_checkpoint, tmp_path / "e", tp_size=2, build_jobs=0)
+    assert caught.value.exit_code == 2
