@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from model_defs.errors import ConfigError
+from model_defs.vision_config import VisionConfig
 
 LayerKind = Literal["lightning", "softmax"]
 LAYER_KINDS: tuple[LayerKind, ...] = ("lightning", "softmax")
@@ -50,6 +51,7 @@ class ModelConfig:
     tensor_prefix: str = ""  # "language_model." in MiniMax-VL-01 checkpoints
     bos_token_id: int | None = None
     eos_token_id: int | None = None
+    vision: VisionConfig | None = None  # the vision half of MiniMax-VL-01, where it is to be computed too
 
     def __post_init__(self) -> None:
         positive = (
@@ -109,8 +111,12 @@ class ModelConfig:
             raise ConfigError(f"--layers must be between 1 and {self.num_layers} for this checkpoint, not {num_layers}")
         return dataclasses.replace(self, layer_kinds=self.layer_kinds[:num_layers])
 
+    def text_only(self) -> ModelConfig:
+        """The same model without its vision half."""
+        return dataclasses.replace(self, vision=None)
+
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by kind of tensor, in elements."""
+        """Parameters of the text model by kind of tensor, in elements."""
         d, width = self.hidden_size, self.attention_width
         kv_width = self.num_key_value_heads * self.head_dim
         n_lightning, n_softmax = len(self.lightning_layers), len(self.softmax_layers)
@@ -134,7 +140,11 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` restores an equal record."""
-        return dataclasses.asdict(self) | {"layer_kinds": list(self.layer_kinds)}
+        values = dataclasses.asdict(self) | {"layer_kinds": list(self.layer_kinds)}
+        if self.vision is None:
+            del values["vision"]
+            return values
+        return values | {"vision": self.vision.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
@@ -148,6 +158,8 @@ class ModelConfig:
             converted["layer_kinds"] = tuple(values["layer_kinds"])
             for key in ("lightning_scale", "softmax_scale", "mlp_scale"):
                 converted[key] = ResidualScale(**values[key])
+            if values.get("vision") is not None:
+                converted["vision"] = VisionConfig.from_dict(values["vision"])
             return cls(**converted)
         except (KeyError, TypeError) as error:
             raise ConfigError(f"incomplete model description: {error}") from error

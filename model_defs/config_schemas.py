@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from model_defs.config import LayerKind, ModelConfig, ResidualScale
 from model_defs.errors import ConfigError
 from model_defs.strict_json import parse_object
+from model_defs.vision_config import read_vision, vision_to_schema
 
 Schema = Literal["original", "hf", "m1", "vl-01"]
 SCHEMAS: tuple[Schema, ...] = get_args(Schema)
@@ -85,7 +86,7 @@ _HARMLESS = frozenset(
         "_commit_hash",
     }
 )
-# Of MiniMax-VL-01's outer level: how images become embeddings. The text model does not depend on it.
+# Of MiniMax-VL-01's outer level: how images become embeddings, read by `vision_config`.
 _VISION = frozenset(
     {
         "text_config",
@@ -126,10 +127,11 @@ def read_config(source: str | os.PathLike[str] | dict[str, Any]) -> ModelConfig:
 
 
 def config_for_schema(config: ModelConfig, schema: Schema) -> ModelConfig:
-    """`config` as reading it back from `schema` gives it: family and tensor prefix are what the schema stands for."""
+    """`config` as reading it back from `schema` gives it: family, tensor prefix and vision half are what the schema stands for."""
     if schema not in SCHEMAS:
         raise ConfigError(f"unknown schema {schema!r}; known: {', '.join(SCHEMAS)}")
-    return dataclasses.replace(config, family=_FAMILIES[schema], tensor_prefix=_VL_PREFIX if schema == "vl-01" else "")
+    prefix, vision = (_VL_PREFIX, config.vision) if schema == "vl-01" else ("", None)
+    return dataclasses.replace(config, family=_FAMILIES[schema], tensor_prefix=prefix, vision=vision)
 
 
 def config_to_schema(config: ModelConfig, schema: Schema, *, dtype: str = "bfloat16") -> dict[str, Any]:
@@ -195,15 +197,18 @@ def config_to_schema(config: ModelConfig, schema: Schema, *, dtype: str = "bfloa
             "torch_dtype": dtype,
         }
         values = {"tie_word_embeddings": False, "text_config": inner}
+        if config.vision is not None:
+            values |= vision_to_schema(config.vision, config.hidden_size)
     return {"architectures": [architecture], "model_type": model_type, **values, "torch_dtype": dtype}
 
 
 def _read(values: dict[str, Any], where: str) -> ModelConfig:
     try:
         schema = _schema(values)
-        if schema == "vl-01":
-            values = _text_config(values)
-        return _Reader(values, schema).config()
+        if schema != "vl-01":
+            return _Reader(values, schema).config()
+        config = _Reader(_text_config(values), schema).config()
+        return dataclasses.replace(config, vision=read_vision(values, config.vocab_size))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from model_defs.config import LayerKind, ModelConfig, ResidualScale
 from model_defs.errors import ConfigError
+from model_defs.vision_config import PUBLISHED_GRIDS, PUBLISHED_TILE, VisionConfig
 
 
 def hybrid_pattern(num_layers: int) -> tuple[LayerKind, ...]:
@@ -87,12 +89,65 @@ def _small() -> ModelConfig:
     )
 
 
-_PRESETS = {"tiny": _tiny, "small": _small, "text-01": lambda: _full_size("text-01"), "m1": lambda: _full_size("m1")}
+def _vision(tile: int, **sizes: Any) -> VisionConfig:
+    """A vision half that takes the last layer's features and tiles images as the published one does."""
+    return VisionConfig(
+        image_size=tile,
+        hidden_act="gelu",
+        feature_layer=-1,
+        projector_act="gelu",
+        projector_bias=True,
+        grid_pinpoints=tuple((rows * tile, columns * tile) for rows, columns in PUBLISHED_GRIDS),
+        **sizes,
+    )
+
+
+def _with_vision(config: ModelConfig, vision: VisionConfig) -> ModelConfig:
+    return dataclasses.replace(config, family="vl-01", tensor_prefix="language_model.", vision=vision)
+
+
+def _tiny_vl() -> ModelConfig:
+    # Tiles of 4 x 4 patches: images take 36 to 333 tokens.
+    vision = _vision(
+        28,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        patch_size=7,
+        image_token_id=507,
+    )
+    return _with_vision(_tiny(), vision)
+
+
+def _vl_01() -> ModelConfig:
+    vision = _vision(
+        PUBLISHED_TILE,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        patch_size=14,
+        image_token_id=200025,
+    )
+    return _with_vision(dataclasses.replace(_full_size("text-01"), max_position_embeddings=8192), vision)
+
+
+_PRESETS = {
+    "tiny": _tiny,
+    "small": _small,
+    "tiny-vl": _tiny_vl,
+    "text-01": lambda: _full_size("text-01"),
+    "m1": lambda: _full_size("m1"),
+    "vl-01": _vl_01,
+}
 PRESET_NAMES: tuple[str, ...] = tuple(_PRESETS)
 
 
 def preset(name: str) -> ModelConfig:
-    """The architecture called `name`: tiny (tests), small (about 180M parameters, measurements), text-01, m1."""
+    """The architecture called `name`: tiny (tests), small (about 180M parameters, measurements), tiny-vl (tiny with a small vision
+    half), text-01, m1, vl-01.
+    """
     if name not in _PRESETS:
         raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESET_NAMES)}")
     return _PRESETS[name]()

@@ -1,4 +1,4 @@
-"""How checkpoint tensors fill the parameters of `TextModel`.
+"""How checkpoint tensors fill the parameters of `TextModel` and `VisionModel`.
 
 Most parameters are a checkpoint tensor as it is. The experts of a layer are stacked, and their gate and up matrices interleaved row
 by row, because that is the form every mixture-of-experts kernel takes. The same table drives loading into PyTorch, binding the exported
@@ -80,6 +80,16 @@ Recipe = Direct | Stacked | InterleavedStack
 def weight_recipes(config: ModelConfig) -> dict[str, Recipe]:
     """Recipe of every parameter of `TextModel(config)`, by the parameter's name, in the order of the model."""
     return dict(_recipes(config))
+
+
+def vision_recipes(config: ModelConfig) -> dict[str, Recipe]:
+    """Recipe of every parameter of `VisionModel`: the tensor of the same name. Layers that do not run have none."""
+    assert config.vision is not None
+    beyond = tuple(
+        f"vision_tower.vision_model.encoder.layers.{layer}."
+        for layer in range(config.vision.layers_used, config.vision.num_hidden_layers)
+    )
+    return {name: Direct(name) for name in config.vision.tensors(config.hidden_size) if not name.startswith(beyond)}
 
 
 def _recipes(config: ModelConfig) -> Iterator[tuple[str, Recipe]]:

@@ -78,11 +78,11 @@ def export_onnx(
     opened: Checkpoint | None = None
     with clock.stage("read"):
         if isinstance(source, ModelConfig):
-            config = source if layers is None else source.truncated(layers)
+            config = source.text_only() if layers is None else source.text_only().truncated(layers)
         elif weights and Path(source).suffix != ".json":
             opened, config = open_checkpoint(Path(source), layers)
         else:
-            config = read_config(source)
+            config = read_config(source).text_only()
             config = config if layers is None else config.truncated(layers)
         plan = ShardingPlan(config, ParallelMapping.of(tp_size, moe_tp_size, moe_ep_size, cp_size))
         several = len(plan.mapping.ranks)
@@ -135,13 +135,16 @@ def graph(config: ModelConfig, dtype: str) -> ir.Model:
         return trace_model(config, dtype)
 
 
-def open_checkpoint(folder: Path, layers: int | None) -> tuple[Checkpoint, ModelConfig]:
-    """The checkpoint, and the configuration of its first `layers` layers, whose tensors are all there."""
+def open_checkpoint(folder: Path, layers: int | None, *, vision: bool = False) -> tuple[Checkpoint, ModelConfig]:
+    """The checkpoint, and the configuration of its first `layers` layers, whose tensors are all there; with its vision half, if it
+    has one, where `vision` asks for it.
+    """
     from model_defs.checkpoint.reader import Checkpoint
     from model_defs.checkpoint.verify import require_complete
 
     opened = Checkpoint.open(folder)
-    config = opened.config if layers is None else opened.config.truncated(layers)
+    config = opened.config if vision else opened.config.text_only()
+    config = config if layers is None else config.truncated(layers)
     require_complete(opened, config)
     return opened, config
 

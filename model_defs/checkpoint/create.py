@@ -17,6 +17,7 @@ from typing import Literal, get_args
 from numpy.typing import NDArray
 
 from model_defs.checkpoint.names import expected_tensors
+from model_defs.checkpoint.processor import PREPROCESSOR_FILE, PUBLISHED_PROCESSING, processor_to_json
 from model_defs.checkpoint.random_tokenizer import write_tokenizer
 from model_defs.checkpoint.random_weights import random_blocks
 from model_defs.checkpoint.reader import CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, Checkpoint
@@ -41,7 +42,7 @@ def create_checkpoint(
     dtype: WeightType = "bfloat16",
     max_shard_bytes: int | None = None,
     with_tokenizer: bool = True,
-    schema: Schema = "original",
+    schema: Schema | None = None,
     on_progress: OnProgress | None = None,
 ) -> Checkpoint:
     """Writes a checkpoint of `config` with random weights to the new folder `folder` and opens it.
@@ -51,7 +52,8 @@ def create_checkpoint(
         max_shard_bytes: largest sum of tensors per file. By default 4 GiB, or a quarter of the weights where that is
         less, so that
             even small checkpoints have shards and an index.
-        schema: how config.json is written; "vl-01" prefixes the tensors and has no vision part.
+        schema: how config.json is written; "vl-01" prefixes the tensors, and only there a vision half can be. Default: "vl-01" for a
+            model with a vision half, "original" for others.
 
     The folder appears only when it is whole: everything is written to a sibling, which is removed on any failure.
 
@@ -69,6 +71,7 @@ def create_checkpoint(
         raise CheckpointError(f"max_shard_bytes must be at least 1, not {max_shard_bytes}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: already exists; choose another folder or remove it first")
+    schema = schema or ("original" if config.vision is None else "vl-01")
     config_text = json.dumps(config_to_schema(config, schema, dtype=dtype), indent=2) + "\n"
     config = config_for_schema(config, schema)
     tensors = [
@@ -82,6 +85,9 @@ def create_checkpoint(
         try:
             (partial / CONFIG_FILE).write_text(config_text, encoding="utf-8")
             _write_generation_config(config, partial)
+            if config.vision is not None:
+                text = json.dumps(processor_to_json(PUBLISHED_PROCESSING, config.vision), indent=2) + "\n"
+                (partial / PREPROCESSOR_FILE).write_text(text, encoding="utf-8")
             if with_tokenizer:
                 write_tokenizer(config, partial)
             _write_weights(config, tensors, partial, seed, dtype, max_shard_bytes, on_progress)

@@ -18,12 +18,20 @@ DERIVED_BUFFERS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 
 _DERIVED = re.compile(rf"\.layers\.\d+\.self_attn\.({'|'.join(DERIVED_BUFFERS)})$")
 _VISION = re.compile(r"^(model\.)?(vision_tower\.|multi_modal_projector\.|image_newline$)")
+# Of CLIP's class, without a part in MiniMax-VL-01; transformers stores them.
+_UNUSED_VISION = re.compile(r"^vision_tower\.vision_model\.(embeddings\.position_ids|post_layernorm\.(weight|bias))$")
+_NATIVE_VISION = {
+    "model.vision_tower.vision_model.": "vision_tower.vision_model.",
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.image_newline": "image_newline",
+}
 _MAX_EXPERTS = 4096  # an untrusted shape must not make a list of any length
 _NATIVE_MOE = re.compile(r"^(.*\.layers\.\d+)\.mlp\.(gate\.weight|experts\.gate_up_proj|experts\.down_proj)$")
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the text model of `config` needs, with its shape, in the order of the model.
+    """Every tensor that `config` needs, with its shape, in the order of the model; those of the vision half come last.
 
     Rows of `qkv_proj` are grouped per head as q, k, v (facts, 2.3); w1 is the gate, w3 the up and w2 the down matrix of
     an expert.
@@ -48,16 +56,18 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{there}.w3.weight"] = (inner, d)
     shapes[f"{prefix}model.norm.weight"] = (d,)
     shapes[f"{prefix}lm_head.weight"] = (config.vocab_size, d)
+    if config.vision is not None:
+        shapes |= config.vision.tensors(d)
     return shapes
 
 
-def ignorable(name: str, tensor_prefix: str = "") -> bool:
-    """Whether a tensor outside `expected_tensors` is known and rightly unused: derived buffers, and the vision half of
-    VL-01.
+def ignorable(name: str, tensor_prefix: str = "", with_vision: bool = False) -> bool:
+    """Whether a tensor outside `expected_tensors` is known and rightly unused: derived buffers, and of VL-01 the vision half, or,
+    when that is to be computed too (`with_vision`), what CLIP's class has beyond it.
     """
     if _DERIVED.search(name):
         return True
-    return tensor_prefix == "language_model." and bool(_VISION.match(name))
+    return tensor_prefix == "language_model." and bool((_UNUSED_VISION if with_vision else _VISION).match(name))
 
 
 def layer_of(name: str) -> int | None:
@@ -89,6 +99,9 @@ def original_slices(name: str, shape: tuple[int, ...], tensor_prefix: str = "") 
             renamed = "language_model.model." + name.removeprefix("model.language_model.")
         elif name == "lm_head.weight":
             renamed = "language_model.lm_head.weight"
+        else:
+            there = next((prefix for prefix in _NATIVE_VISION if name.startswith(prefix)), None)
+            renamed = name if there is None else _NATIVE_VISION[there] + name.removeprefix(there)
     match = _NATIVE_MOE.match(renamed)
     if not match:
         return [NamedSlice(renamed, 0, shape)] if renamed != name else None

@@ -20,6 +20,7 @@ BOS, EOS, UNKNOWN, FUNCTION_CALL = (
     "<end_of_document>",
     "<function_call>",
 )
+IMAGE = "<image>"  # of models with a vision half
 SMALLEST_VOCABULARY = 256 + 4  # all bytes and the special tokens
 
 _LETTERS = "etaoinshrdlcumwfgypbvkjxqz"  # by frequency in English text
@@ -47,6 +48,15 @@ CHAT_TEMPLATE = (
 )
 
 
+# MiniMax-VL-01's: every item of a message counts, and an image is its mark.
+_FIRST_TEXT, _ALL_ITEMS = (
+    "{%- else -%}{{- message['content'][0]['text'] -}}{%- endif -%}",
+    "{%- else -%}{%- for item in message['content'] -%}"
+    "{{- '<image>' if item['type'] == 'image' else item['text'] -}}{%- endfor -%}{%- endif -%}",
+)
+VL_CHAT_TEMPLATE = CHAT_TEMPLATE.replace(_FIRST_TEXT, _ALL_ITEMS)
+
+
 def special_tokens(config: ModelConfig) -> dict[str, int]:
     """Ids of the special tokens: where the configuration says, else at the end of the vocabulary in the order function
     call, bos, eos, unknown.
@@ -58,6 +68,8 @@ def special_tokens(config: ModelConfig) -> dict[str, int]:
         UNKNOWN: last,
         FUNCTION_CALL: last - 3,
     }
+    if config.vision is not None:
+        wanted = {IMAGE: config.vision.image_token_id} | wanted
     taken: dict[str, int] = {}
     for token, wish in wanted.items():
         free = (i for i in (wish, *range(last, -1, -1)) if i not in taken.values())
@@ -99,14 +111,14 @@ def write_tokenizer(config: ModelConfig, folder: Path) -> None:
     named = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN}
     settings = {
         "add_prefix_space": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": CHAT_TEMPLATE if config.vision is None else VL_CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.max_position_embeddings,
         "tokenizer_class": "PreTrainedTokenizerFast",
         **named,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    others = {"additional_special_tokens": [FUNCTION_CALL]}
+    others = {"additional_special_tokens": [FUNCTION_CALL, *([] if config.vision is None else [IMAGE])]}
     (folder / "special_tokens_map.json").write_text(json.dumps(named | others, indent=2) + "\n", encoding="utf-8")
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_defs.checkpoint.names import layer_of
+from model_defs.checkpoint.random_vision import is_vision, vision_spread
 from model_defs.config import ModelConfig
 from model_defs.constants import decay_slopes
 
@@ -74,17 +75,21 @@ def random_blocks(
     plain = name.removeprefix(config.tensor_prefix)
     digest = hashlib.sha256(f"{seed}/{plain}".encode()).digest()
     stream = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-    scale = _row_scales(config, plain, shape)
-    is_norm = len(shape) == 1
+    if is_vision(plain):
+        mean, size = vision_spread(plain, shape)
+        scale = np.full(shape[0], size, np.float32)
+    else:
+        is_norm = len(shape) == 1
+        mean = 1.0 if is_norm else 0.0
+        scale = np.full(shape[0], NORM_JITTER, np.float32) if is_norm else _row_scales(config, plain, shape)
     columns = math.prod(shape[1:])
     rows_per_block = max(1, _BLOCK_ELEMENTS // max(1, columns))
     for first in range(0, shape[0], rows_per_block):
         rows = min(rows_per_block, shape[0] - first)
         block = stream.standard_normal((rows, *shape[1:]), dtype=np.float32)
-        if is_norm:
-            block = 1.0 + NORM_JITTER * block
-        else:
-            block *= scale[first : first + rows].reshape(-1, *(1,) * (len(shape) - 1))
+        block *= scale[first : first + rows].reshape(-1, *(1,) * (len(shape) - 1))
+        if mean:
+            block += np.float32(mean)
         yield block.astype(NUMPY_DTYPES[dtype])
 
 
@@ -101,8 +106,6 @@ def _row_scales(config: ModelConfig, name: str, shape: tuple[int, ...]) -> NDArr
     if part == "lm_head":
         size = LOGIT_SCALE / expected_largest(config.vocab_size)
         return np.full(shape[0], size / math.sqrt(shape[1]), np.float32)
-    if len(shape) == 1:
-        return np.ones(shape[0], np.float32)
     if part == "qkv_proj":
         sizes = [PROJECTION_SIZE[kind] for kind in ("query", "key", "value")]
         by_head = np.empty((config.num_attention_heads, 3, config.head_dim), np.float32)

@@ -68,7 +68,7 @@ def verify(
         done += entry.nbytes
         if on_progress:
             on_progress(done, total, entry.name)
-    ignored = sum(ignorable(name, config.tensor_prefix) for name in checkpoint.entries if name not in expected)
+    ignored = sum(_ignorable(name, config) for name in checkpoint.entries if name not in expected)
     return VerifyReport(tuple(problems), len(present), ignored, done if scan_values else 0)
 
 
@@ -100,10 +100,14 @@ def _presence_problems(
             message = f"{where} has dtype {entry.dtype}, must be one of {', '.join(FLOAT_DTYPES)}"
             problems.append(Problem("dtype", name, message))
     for name, entry in checkpoint.entries.items():
-        if name not in expected and not ignorable(name, config.tensor_prefix) and not _beyond_cut(name, config):
+        if name not in expected and not _ignorable(name, config) and not _beyond_cut(name, config):
             message = f"tensor {name} in {entry.file.name} is unexpected: the configuration has no place for it"
             problems.append(Problem("unexpected", name, message))
     return problems
+
+
+def _ignorable(name: str, config: ModelConfig) -> bool:
+    return ignorable(name, config.tensor_prefix, config.vision is not None)
 
 
 def _beyond_cut(name: str, config: ModelConfig) -> bool:

@@ -92,7 +92,8 @@ class PyTorchSession:
         if dtype not in DTYPES:
             raise EngineError(f"the PyTorch definition runs in {', '.join(DTYPES)}, not in {dtype!r}")
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-        config = opened.config if layers is None else opened.config.truncated(layers)
+        config = opened.config.text_only()
+        config = config if layers is None else config.truncated(layers)
         require_complete(opened, config)
         reference = CheckpointReference(str(opened.folder), opened.fingerprint())
         return cls(load_model(opened, config, dtype, quantize_experts), checkpoint=reference, **options)

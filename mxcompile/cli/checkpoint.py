@@ -8,7 +8,7 @@ import click
 
 from mxcompile.cli.options import DTYPES, PATH, Verb, json_option, layers_option, verbose_option
 
-_PRESETS = ("tiny", "small", "text-01", "m1")
+_PRESETS = ("tiny", "small", "tiny-vl", "text-01", "m1", "vl-01")
 
 
 @click.group()
@@ -37,6 +37,8 @@ def create(preset: str, seed: int, output: Path, dtype: str, force: bool, as_jso
     with progress(verbose) as shown:
         made = create_checkpoint(preset, output, seed=seed, dtype=dtype, force=force, progress=shown)
     parameters = sum(made.config.parameter_counts().values())
+    if made.config.vision is not None:
+        parameters += sum(made.config.vision.parameter_counts(made.config.hidden_size).values())
     if as_json:
         print_json({"path": str(made.folder), "parameters": parameters, "bytes": made.total_bytes})
     else:

@@ -88,8 +88,23 @@ def vl() -> dict:
         "multimodal_projector_bias": True,
         "tie_word_embeddings": False,
         "vision_feature_layer": -1,
-        "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024},
-        "image_grid_pinpoints": [[336, 336]],
+        "vision_feature_select_strategy": "default",
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_act": "gelu",
+            "hidden_size": 1024,
+            "image_size": 336,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+            "projection_dim": 6144,
+            "vocab_size": 32000,
+        },
+        "image_seq_length": 576,
+        "image_grid_pinpoints": [
+            [336 * a, 336 * b] for a, most in enumerate((6, 6, 6, 4, 3, 3), 1) for b in range(1, most + 1)
+        ],
         "text_config": TEXT_01 | {"shared_intermediate_size": [0], "max_position_embeddings": 8192},
     }
 
@@ -111,11 +126,62 @@ def test_m1():
     assert read_config(values) == preset("m1")
 
 
-def test_vl_01_takes_the_text_config():
+def test_vl_01_is_the_text_config_and_a_vision_half():
     expected = dataclasses.replace(
         preset("text-01"), family="vl-01", tensor_prefix="language_model.", max_position_embeddings=8192
     )
-    assert read_config(vl()) == expected
+    assert read_config(vl()) == preset("vl-01")
+    assert read_config(vl()).text_only() == expected
+    without = {key: value for key, value in vl().items() if key != "vision_config"}
+    assert read_config(without) == expected
+
+
+def test_a_model_description_keeps_the_vision_half():
+    config = preset("vl-01")
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert "vision" not in preset("text-01").to_dict()
+
+
+@pytest.mark.parametrize(
+    "key", ["vision_feature_layer", "vision_feature_select_strategy", "image_grid_pinpoints", "projector_hidden_act"]
+)
+def test_vl_01_guesses_nothing(key: str):
+    values = vl()
+    del values[key]
+    with pytest.raises(ConfigError, match=key):
+        read_config(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"),
+        ({"vision_feature_layer": [-2, -1]}, "vision_feature_layer"),
+        ({"vision_feature_layer": 25}, "vision_feature_layer"),
+        ({"process_image_mode": "resize"}, "process_image_mode"),
+        ({"image_token_index": 200064}, "image_token_index"),
+        ({"image_seq_length": 144}, "576 patches"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act"),
+        ({"multimodal_projector_bias": 1}, "multimodal_projector_bias"),
+        ({"image_grid_pinpoints": [[336, 672]]}, "it needs both"),
+        ({"image_grid_pinpoints": [[336, 500], [500, 336]]}, "multiples of image_size"),
+        ({"image_grid_pinpoints": [[336 * 9, 336 * 9]]}, "more than 64 tiles"),
+        ({"image_grid_pinpoints": []}, "between 1 and"),
+        ({"vision_config": vl()["vision_config"] | {"hidden_act": None}}, "hidden_act"),
+        ({"vision_config": vl()["vision_config"] | {"hidden_act": "mish"}}, "hidden_act"),
+        ({"vision_config": vl()["vision_config"] | {"patch_size": 15}}, "patch_size"),
+        ({"vision_config": vl()["vision_config"] | {"num_attention_heads": 7}}, "num_attention_heads"),
+        ({"vision_config": vl()["vision_config"] | {"num_hidden_layers": 0}}, "num_hidden_layers"),
+        ({"vision_config": vl()["vision_config"] | {"num_channels": 1}}, "num_channels"),
+        ({"vision_config": vl()["vision_config"] | {"layer_norm_eps": "small"}}, "layer_norm_eps"),
+        ({"vision_config": vl()["vision_config"] | {"model_type": "siglip_vision_model"}}, "model_type"),
+        ({"vision_config": []}, "vision_config"),
+        ({"img_token_compression_config": {"spatial_merge_size": 2}}, "img_token_compression_config"),
+    ],
+)
+def test_vision_halves_of_another_kind_are_refused(change: dict, named: str):
+    with pytest.raises(ConfigError, match=named):
+        read_config(vl() | change)
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)
