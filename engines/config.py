@@ -85,6 +85,24 @@ class RankFiles:
 
 
 @dataclass(frozen=True)
+class VisionHalf:
+    """The graph that turns tiles of an image into rows like token embeddings, and how images become tiles.
+
+    `graph`, `weights`: as of `RankFiles`. `tile`: pixels along a side of a tile, which has `patches_per_side` patches along it.
+    `pinpoints`: resolutions [height, width] that images are brought to. `mean`, `std`: of red, green, blue, for values of 0 to 1.
+    """
+
+    graph: str
+    weights: str
+    image_token_id: int
+    tile: int
+    patches_per_side: int
+    pinpoints: list[list[int]]
+    mean: list[float]
+    std: list[float]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """What the engine was built from. `path` is where it lay then; `fingerprint` identifies its content."""
 
@@ -122,6 +140,8 @@ class EngineConfig:
     versions: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)
+    # Engines without one do not mention it.
+    vision: VisionHalf | None = field(default=None, metadata={"optional": True})
 
     @property
     def num_layers(self) -> int:
@@ -140,7 +160,10 @@ class EngineConfig:
         return sorted({s.layer for s in self.states if s.kind == kind})
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=False) + "\n"
+        values = dataclasses.asdict(self)
+        if self.vision is None:
+            del values["vision"]
+        return json.dumps(values, indent=1, sort_keys=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str) -> EngineConfig:
@@ -171,7 +194,7 @@ def _read(kind: Any, raw: Any, source: str, where: str) -> Any:
         for spec in dataclasses.fields(kind):
             if spec.name in raw:
                 values[spec.name] = _read(hints[spec.name], raw[spec.name], source, f"{where}{spec.name}.")
-            else:
+            elif not spec.metadata.get("optional"):
                 raise EngineError(f"{source}: missing key {where + spec.name!r}; rebuild the engine")
         return typing.cast(Any, kind)(**values)
     if origin is list and isinstance(raw, list):

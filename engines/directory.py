@@ -78,6 +78,9 @@ def verify_files(path: str | os.PathLike[str], config: EngineConfig, *, whole: b
         for name in filter(None, (rank.graph, rank.weights, rank.prefill_graph)):
             if name not in listed:
                 raise EngineError(f"{folder / CONFIG}: {name} of rank {rank.rank} is not among the listed files")
+    for name in (config.vision.graph, config.vision.weights) if config.vision is not None else ():
+        if name not in listed:
+            raise EngineError(f"{folder / CONFIG}: {name} of the vision half is not among the listed files")
     for name in sorted(listed - present):
         raise EngineError(f"{folder / name}: missing from the engine directory; rebuild the engine")
     for name in sorted(present - listed):

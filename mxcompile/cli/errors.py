@@ -29,6 +29,7 @@ _EXTRAS = {
     "transformers": "transformers",
     "tensorrt_rtx": "tensorrt-rtx",
     "cuda": "tensorrt-rtx",
+    "PIL": "vision",
 }
 
 
