@@ -25,12 +25,17 @@ class Wire:
         self._stream = connection.makefile("rb")
 
     def send(self, messages: list[dict]) -> None:
-        """Send messages in one frame. Raises OSError when the other side is gone."""
+        """Send messages in one frame. Raises ConnectionError when the other side is gone."""
         data = json.dumps(messages, separators=(",", ":")).encode()
         if len(data) > LARGEST_FRAME:
             raise WireError(f"a frame of {len(data)} bytes is too long")
         with self._lock:
-            self._connection.sendall(len(data).to_bytes(4, "big") + data)
+            try:
+                self._connection.sendall(len(data).to_bytes(4, "big") + data)
+            except ConnectionError:  # of whichever kind: a reset, where the other side had not read everything
+                raise
+            except OSError as error:  # closed by this side
+                raise ConnectionError(*error.args) from error
 
     def receive(self) -> list[dict] | None:
         """The next frame's messages; None when the other side is gone."""

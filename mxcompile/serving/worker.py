@@ -11,10 +11,13 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
+import select
 import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from mxcompile.serving.wire import Wire, WireError
 
 logger = logging.getLogger("mxcompile.serving")
 METRICS_EVERY_S = 1.0
+_LOOK_FOR_FRONT_S = 0.5
 MOST_LOGPROBS = 20  # alternatives to a token, as in OpenAI's API
 _TEXT_BYTES_PER_TOKEN = 64  # more than a prompt that fits can have, so that a longer one is refused unread
 
@@ -83,6 +87,7 @@ class Worker:
         self._out: list[dict[str, Any]] = []  # of the scheduler's thread, sent after each step
         self._tickets: dict[int, Ticket] = {}
         self._lock = threading.Lock()
+        self._leaving = threading.Lock()  # held while messages leave: those of one answer must keep their order
         self._draining = False
         self._check_alive = getattr(engine.session, "check_alive", None)
 
@@ -112,18 +117,19 @@ class Worker:
                     self._out.append({"is": "metrics"} | self._scheduler.metrics.snapshot())
                     reported = time.monotonic()
                 self._flush()
-        except BrokenPipeError:
+        except ConnectionError:
             pass  # the front is gone
         except BaseException:
             self._scheduler.fail_all("the engine failed; try again when it has been started anew")
-            self._flush()
+            with contextlib.suppress(ConnectionError):
+                self._flush()
             if self._sessions is not None:
                 self._sessions.flush()  # a session at rest is not the lost engine's
             raise
         if self._sessions is not None:
             self._sessions.flush()
         self._out.append({"is": "drained"})
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(ConnectionError):
             self._flush()
 
     def _count_states(self) -> None:
@@ -137,15 +143,16 @@ class Worker:
                 metrics.counts[f"state_files_{what}_total"] = count
 
     def _flush(self) -> None:
-        with self._lock:
-            out, self._out = self._out, []
-        if not out:
-            return
-        try:
-            self._wire.send(out)
-        except WireError:  # too long together: details of very many tokens
-            for message in out:
-                self._send_alone(message)
+        with self._leaving:
+            with self._lock:
+                out, self._out = self._out, []
+            if not out:
+                return
+            try:
+                self._wire.send(out)
+            except WireError:  # too long together: details of very many tokens
+                for message in out:
+                    self._send_alone(message)
 
     def _send_alone(self, message: dict[str, Any]) -> None:
         try:
@@ -155,20 +162,24 @@ class Worker:
             self._wire.send([{"is": "failed", "id": message["id"], "kind": "invalid", "message": text}])
 
     def _listen(self) -> None:
-        while (messages := self._wire.receive()) is not None:
-            for message in messages:
-                match message["do"]:
-                    case "generate":
-                        self._generate(message)
-                    case "cancel" if (ticket := self._tickets.get(message["id"])) is not None:
-                        self._scheduler.cancel(ticket)
-                    case "drain":
-                        self._draining = True
-                        self._scheduler.drain()
-        self._draining = True
-        self._scheduler.drain()
-        for ticket in list(self._tickets.values()):
-            self._scheduler.cancel(ticket)
+        try:
+            while (messages := self._wire.receive()) is not None:
+                for message in messages:
+                    match message["do"]:
+                        case "generate":
+                            self._generate(message)
+                        case "cancel" if (ticket := self._tickets.get(message["id"])) is not None:
+                            self._scheduler.cancel(ticket)
+                        case "drain":
+                            self._draining = True
+                            self._scheduler.drain()
+        except ConnectionError:
+            pass  # a refusal that nobody reads any more
+        finally:  # a process that hears nothing must not go on
+            self._draining = True
+            self._scheduler.drain()
+            for ticket in list(self._tickets.values()):
+                self._scheduler.cancel(ticket)
 
     def _generate(self, message: dict[str, Any]) -> None:
         named = {"request_id": message.get("request_id", ""), "client": message.get("client_id", "")}
@@ -181,6 +192,9 @@ class Worker:
         except (RequestError, GenerationError, MxcompileError) as error:
             kind = error.kind if isinstance(error, RequestError) else "invalid"
             relay.refuse(kind, str(error).replace("max_new_tokens", "max_tokens").replace("stop_strings", "stop_words"))
+        except Exception as error:  # of this request: others are not to suffer
+            logger.exception(json.dumps({"event": "request_failed", "id": message["id"], "message": repr(error)}))
+            relay.refuse("internal", "the engine process failed on this request; its log says why")
 
     def _request(self, message: dict[str, Any], named: dict[str, str]) -> tuple[Relay, Request]:
         text, ids = message.get("text_input"), message.get("input_ids")
@@ -252,21 +266,49 @@ class Worker:
             self._flush()  # a refusal: the scheduler may be asleep
 
 
+@contextlib.contextmanager
+def _ends_with_front(connection: socket.socket) -> Iterator[None]:
+    """While the block runs, in which nobody reads the connection, end this process as soon as the other end is closed: a large
+    engine takes minutes to load, and memory that the next server needs.
+    """
+    poller, done = select.poll(), threading.Event()
+    poller.register(connection, select.POLLRDHUP)
+
+    def watch() -> None:
+        while not done.wait(_LOOK_FOR_FRONT_S):
+            if poller.poll(0):
+                os._exit(0)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def main() -> int:
     """Serve the front at the other end of the socket whose descriptor is the first argument."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    wire = Wire(socket.socket(fileno=int(sys.argv[1])))
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    wire = Wire(connection)
     first = wire.receive()
     if not first:
         return 0
     try:
-        settings = Settings(**first[0])
-        engine = load(settings.engine, threads=settings.threads, checkpoint=settings.checkpoint)
-        worker = Worker(engine, settings, wire)
+        with _ends_with_front(connection):
+            settings = Settings(**first[0])
+            engine = load(settings.engine, threads=settings.threads, checkpoint=settings.checkpoint)
+            worker = Worker(engine, settings, wire)
     except Exception as error:  # whatever it is, the front must hear of it
-        wire.send([{"is": "no_start", "message": str(error) if hasattr(error, "exit_code") else repr(error)}])
+        with contextlib.suppress(ConnectionError):
+            wire.send([{"is": "no_start", "message": str(error) if hasattr(error, "exit_code") else repr(error)}])
         return 3
-    wire.send([worker.describe()])
+    try:
+        wire.send([worker.describe()])
+    except ConnectionError:
+        return 0  # the front is gone
     try:
         worker.run()
     except Exception as error:

@@ -53,6 +53,7 @@ DRAIN_LIMIT_S = 60.0
 LONGEST_PAUSE_S = 30.0
 # Of the environment, what is not for the engine process.
 SERVERS_OWN = ("PYTHONHOME", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+FAILED = "the server failed on this request; its log says why"
 READY, RESTARTS = ("engine_ready", ()), ("engine_restarts_total", ())
 
 
@@ -78,7 +79,8 @@ class TritonPythonModel:
         self._wire: Wire | None = None
         self._drained = threading.Event()
         self._metrics = Metrics(args["model_name"])
-        self._process, self._wire, self._engine = self._start()
+        self._process = None  # the engine process, also while it starts
+        self._wire, self._engine = self._start()
         self._metrics.ready(True)
         threading.Thread(target=self._listen, daemon=True).start()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -100,11 +102,18 @@ class TritonPythonModel:
             except Refused as error:
                 fail(sender, "invalid", str(error))
             except OSError:
-                with self._lock:
-                    still = number is None or self._live.pop(number, None) is not None
-                if still:
-                    fail(sender, "unavailable", "the engine is being started again; try again in a moment")
+                self._give_up(number, sender, "unavailable", "the engine is being started again; try again in a moment")
+            except Exception as error:  # a request that is not answered would wait for ever
+                pb_utils.Logger.log_error(f"request {number}: {error!r}")
+                self._give_up(number, sender, "internal", FAILED)
         return None
+
+    def _give_up(self, number, sender, kind, message):
+        """Fail a request, unless whoever found the engine gone has done so."""
+        with self._lock:
+            still = number is None or self._live.pop(number, None) is not None
+        if still:
+            fail(sender, kind, message)
 
     def finalize(self):
         self._closing = True
@@ -117,9 +126,9 @@ class TritonPythonModel:
         stop(self._process)
 
     def _start(self):
-        """Start the engine process; returns it, its wire, and what it says of itself."""
+        """Start the engine process; returns its wire, and what it says of itself."""
         ours, theirs = socket.socketpair()
-        process = subprocess.Popen(
+        process = self._process = subprocess.Popen(
             [self._python, "-m", "mxcompile.serving.worker", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
@@ -142,7 +151,7 @@ class TritonPythonModel:
                 first[0]["message"] if first else f"it ended with {process.returncode} (is mxcompile installed there?)"
             )
             raise pb_utils.TritonModelException(f"the engine process ({self._python}) did not start: {why}")
-        return process, wire, first[0]
+        return wire, first[0]
 
     def _listen(self):
         """Answer with what the engine says; start it again when it is gone."""
@@ -162,7 +171,15 @@ class TritonPythonModel:
                     self._drained.set()
                     return
                 else:
-                    self._answer(message)
+                    try:
+                        self._answer(message)
+                    except Exception as error:  # of this request: others are not to suffer
+                        pb_utils.Logger.log_error(f"request {message['id']}: {error!r}")
+                        with self._lock:
+                            sender = self._live.get(message["id"])
+                        if sender is not None:
+                            self._give_up(message["id"], sender, "internal", FAILED)
+                            self._cancel(message["id"])
 
     def _restart(self):
         with self._lock:
@@ -175,15 +192,14 @@ class TritonPythonModel:
         pause = 0.5
         while not self._closing:
             try:
-                process, wire, engine = self._start()
+                wire, engine = self._start()
             except Exception as error:
                 pb_utils.Logger.log_error(f"{error}; next attempt in {pause:g} s")
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             else:
-                self._process, self._engine = process, engine
                 with self._lock:
-                    self._wire = wire
+                    self._wire, self._engine = wire, engine
                 self._metrics.restarted()
                 self._metrics.ready(True)
                 return
@@ -357,6 +373,8 @@ def text(name, value):
 
 def stop(process):
     """End the engine process, whatever it does."""
+    if process is None:  # there was none yet
+        return
     try:
         process.wait(2)
     except subprocess.TimeoutExpired:
