@@ -14,7 +14,8 @@ from engines.config import EngineConfig
 from engines.config import Mapping as EngineMapping
 from engines.directory import EngineDirWriter, read_config, verify_files
 from engines.errors import EngineError
-from engines.tensorrt.gpus import Gpu, find_gpu
+from engines.tensorrt.device import compute_capability
+from engines.tensorrt.gpus import Gpu, check_at_hand, find_gpu
 from mxcompile import __version__
 from mxcompile.building import BuildSummary, StageByName, check_limits, engine_sizes, quantize, referenced_bytes
 from mxcompile.errors import EnvironmentProblem, MxcompileError
@@ -66,6 +67,7 @@ def build_tensorrt(
     from export.parallel.plan import ShardingPlan
 
     wanted = find_gpu(gpu, target)
+    check_at_hand(wanted, target, compute_capability())
     shown = progress or SilentProgress()
     clock = StageClock(shown)
     with clock.stage("read"):

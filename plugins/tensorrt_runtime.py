@@ -30,7 +30,8 @@ from plugins.errors import LibraryError, PluginsUsageError
 from plugins.library import library_path
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-_WHEELS = {"tensorrt-rtx": "tensorrt-rtx-cu13", "tensorrt": "tensorrt-cu13"}
+# Of TensorRT the newest that takes plugins compiled with the headers that the package kernel-lens holds (10.14).
+_WHEELS = {"tensorrt-rtx": "tensorrt-rtx-cu13", "tensorrt": "'tensorrt-cu13>=10.16,<11'"}
 
 # Loaded as one through the links; the parser after what it needs.
 _RTX_LIBRARIES = ("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so")
@@ -110,7 +111,8 @@ def check_versions(flavour: str, runtime: str, headers: str) -> None:
     if not fits:
         raise LibraryError(
             f"the plugin library was compiled with TensorRT {headers} headers and cannot be loaded into {flavour} {runtime}; "
-            "set TENSORRT_INCLUDE_DIR to headers that go with it and run `mxcompile plugins build` again"
+            "set TENSORRT_INCLUDE_DIR to headers that go with it (for TensorRT: the folder include of NVIDIA's "
+            "TensorRT repository, of the same major version) and run `mxcompile plugins build` again"
         )
 
 

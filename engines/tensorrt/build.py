@@ -21,7 +21,7 @@ from engines.placing import Progress, place_weights
 from engines.tensorrt.gpus import Gpu, aim_at
 from engines.tensorrt.lengths import attention_for, capacity_for
 from engines.tensorrt.lowering import Attention, lower
-from engines.tensorrt.messages import failure, make_logger
+from engines.tensorrt.messages import failure, make_logger, started
 from engines.tensorrt.network import INLINE_LIMIT, allow_collectives, describe_layers, parse
 from engines.tensorrt.profiles import Shapes, add_profiles
 from engines.tensorrt.stream import Write, make_writer
@@ -196,7 +196,7 @@ def compile_plan(
     through `write`, piece by piece.
     """
     logger = make_logger(trt, request.verbose)
-    builder = trt.Builder(logger)
+    builder = started(trt.Builder, "builder", logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -256,7 +256,8 @@ def check_supported(target: str, version: str, ranks: int) -> None:
     if target == "tensorrt" and found < needed:
         what = "an engine" if ranks == 1 else "an engine of several ranks"
         raise EngineError(
-            f"tensorrt {version} is too old for {what}: {needed[0]}.{needed[1]} or later is needed; run `pip install -U tensorrt-cu13`",
+            f"tensorrt {version} is too old for {what}: {needed[0]}.{needed[1]} or later is needed; "
+            "run `pip install 'tensorrt-cu13>=10.16,<11'`",
             exit_code=ENVIRONMENT,
         )
 

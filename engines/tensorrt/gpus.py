@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from engines.errors import EngineError
+from engines.errors import ENVIRONMENT, EngineError
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,22 @@ def find_gpu(name: str | None, target: str) -> Gpu:
         fitting = ", ".join(gpu.name for gpu in GPUS.values() if target in gpu.targets)
         raise EngineError(f"target {target} does not build for {chosen.name}; it builds for {fitting}")
     return chosen
+
+
+def check_at_hand(gpu: Gpu, target: str, found: int | str) -> None:
+    """EngineError (exit code 3) where a build needs the GPU itself and `found`, what `compute_capability` says, is none or another.
+
+    TensorRT proper compiles for the GPU that it runs on; TensorRT-RTX needs none.
+    """
+    if target != _FULL or found == gpu.capability:
+        return
+    need = f"target {target} compiles on the GPU that the engine is for ({gpu.name}, compute capability {gpu.capability / 10:.1f})"
+    if isinstance(found, str):
+        raise EngineError(f"{need}; here is {found}: build there", exit_code=ENVIRONMENT)
+    raise EngineError(
+        f"{need}; here is one of {found / 10:.1f}: build there, or give the --gpu that goes with this one",
+        exit_code=ENVIRONMENT,
+    )
 
 
 def aim_at(trt: Any, builder_config: Any, gpu: Gpu, target: str) -> None:

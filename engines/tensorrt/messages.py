@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
-from engines.errors import EngineError
+from engines.errors import ENVIRONMENT, EngineError
 
 # Said about every engine of ours and about nothing that matters.
 _EXPECTED = ("has Int64 binding", "not found in plugin node")
@@ -45,6 +46,15 @@ def make_logger(trt: Any, verbose: bool = False) -> Any:
                 print(f"TensorRT: {message}")
 
     return Collector()
+
+
+def started(make: Callable[[Any], Any], what: str, logger: Any) -> Any:
+    """What TensorRT makes with `logger`: its builder or its runtime. EngineError (exit code 3) where it makes none, as without a driver."""
+    try:
+        return make(logger)
+    except TypeError as error:  # how the Python module says that TensorRT gave nothing
+        text = f"{failure(f'starting its {what}', logger)}; is there an NVIDIA driver that goes with this version?"
+        raise EngineError(text, exit_code=ENVIRONMENT) from error
 
 
 def failure(doing: str, logger: Any) -> EngineError:

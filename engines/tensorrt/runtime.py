@@ -13,7 +13,7 @@ from engines.errors import ENVIRONMENT, EngineError
 from engines.interface import Session
 from engines.parallel.heads import of_rank
 from engines.tensorrt.device import CudaDevice, compute_capability
-from engines.tensorrt.messages import failure, make_logger
+from engines.tensorrt.messages import failure, make_logger, started
 from engines.tensorrt.nccl import Communicator, load_nccl
 from engines.tensorrt.session import TrtSession
 from engines.weights import map_weights
@@ -153,7 +153,7 @@ def check_architectures(config: EngineConfig, present: tuple[str, ...], runs: An
 def open_plan(trt: Any, file: Path) -> Any:
     """The engine of a plan file. EngineError with TensorRT's reason where it does not take it."""
     logger = make_logger(trt)
-    runtime = trt.Runtime(logger)
+    runtime = started(trt.Runtime, "runtime", logger)
     runtime.engine_host_code_allowed = False
     engine = runtime.deserialize_cuda_engine(file.read_bytes())
     if engine is None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,6 +20,8 @@ from engines.directory import read_config
 from engines.errors import EngineError
 from engines.tensorrt.build import check_supported, load_runtime
 from engines.tensorrt.device import CudaDevice, compute_capability
+from engines.tensorrt.gpus import GPUS, check_at_hand
+from engines.tensorrt.messages import make_logger, started
 from engines.tensorrt.runtime import check_architectures, check_gpu, check_version
 from engines.weights import map_weights
 from export.errors import ExportError
@@ -27,7 +29,6 @@ from mxcompile.building import BuildSummary, build
 from mxcompile.checkpoints import create_checkpoint
 from mxcompile.errors import MxcompileError
 from mxcompile.inspection import inspect
-from plugins.errors import LibraryError
 
 Engine = tuple[Path, BuildSummary]
 no_gpu = pytest.mark.skipif(isinstance(compute_capability(), int), reason="this machine has a GPU")
@@ -235,12 +236,32 @@ def test_a_tensorrt_that_lacks_a_layer_is_refused(version: str, ranks: int, word
     check_supported("tensorrt-rtx", "1.7.1.116", ranks)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
-def test_a_missing_tensorrt_says_how_to_get_it(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(LibraryError, match="pip install tensorrt-cu13") as caught:
+@no_gpu
+def test_tensorrt_proper_without_its_gpu_takes_one_line(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        EngineError, match=r"compiles on the GPU that the engine is for \(h20, .* 9\.0\); here is no NVIDIA"
+    ) as caught:
         build(tiny, tmp_path / "e", target="tensorrt")
     assert caught.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_tensorrt_proper_needs_the_gpu_to_build() -> None:
+    check_at_hand(GPUS["h200"], "tensorrt", 90)
+    check_at_hand(GPUS["rtx-4090"], "tensorrt-rtx", "no NVIDIA driver")
+    with pytest.raises(EngineError, match=r"\(h20, .* 9\.0\); here is one of 8\.0: .*--gpu") as caught:
+        check_at_hand(GPUS["h20"], "tensorrt", 80)
+    assert caught.value.exit_code == 3
+
+
+def test_a_tensorrt_that_does_not_start_says_so(trt: ModuleType) -> None:
+    def nothing(logger: object) -> None:
+        """As the Python module does where TensorRT gave no builder."""
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    with pytest.raises(EngineError, match=r"failed starting its builder: .*NVIDIA driver") as caught:
+        started(nothing, "builder", make_logger(trt))
+    assert caught.value.exit_code == 3
 
 
 class FullGpu:
@@ -288,8 +309,6 @@ def test_a_request_that_cannot_be_honoured(tiny: Path, tmp_path: Path, options: 
 @pytest.mark.gpu
 def test_the_engine_equals_pytorch_on_the_gpu(tiny: Path, plugins_at_hand: Path, tmp_path: Path) -> None:
     """The whole of `mxcompile validate`, on the first GPU that TensorRT-RTX builds for."""
-    from engines.tensorrt.gpus import GPUS
-
     capability = compute_capability()
     fitting = [gpu for gpu in GPUS.values() if gpu.capability == capability and "tensorrt-rtx" in gpu.targets]
     if not fitting:
