@@ -359,7 +359,7 @@ def test_unknown_flavour_and_missing_module(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(PluginsUsageError, match="tensorrt-rtx, tensorrt"):
         load_tensorrt("trt")
     monkeypatch.setitem(tensorrt_runtime.MODULES, "tensorrt", "no_such_module")
-    with pytest.raises(LibraryError, match="pip install 'tensorrt-cu13>=10.16,<11'"):
+    with pytest.raises(LibraryError, match=r"pip install 'tensorrt-cu13>=10\.16,<11'"):
         load_tensorrt("tensorrt")
 
 
