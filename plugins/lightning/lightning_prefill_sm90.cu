@@ -1,11 +1,10 @@
-#include <cuda.h>
-
 #include <cstring>
 
 #include "dispatch.cuh"
 #include "lightning_prefill_sm90.h"
 #include "mxc/launch.cuh"
 #include "prefill_sm90.cuh"
+#include "row_map.h"
 
 namespace mxc {
 namespace {
@@ -60,17 +59,8 @@ struct HopperRunner {
 
     // Boxes of 64 columns and `tokens` tokens of one head in [B, T, H, 128].
     Status rowMap(TensorMap& map, const uint16_t* rows, const LightningParams& params, int tokens) const noexcept {
-        const auto unsign = [](int32_t size) { return static_cast<cuuint64_t>(size); };
-        const cuuint64_t row = 2 * 128, token = row * unsign(params.heads);
-        const cuuint64_t size[4] = {128, unsign(params.heads), unsign(params.tokens), unsign(params.batch)};
-        const cuuint64_t stride[3] = {row, token, token * unsign(params.tokens)};
-        const cuuint32_t box[4] = {64, 1, static_cast<cuuint32_t>(tokens), 1}, step[4] = {1, 1, 1, 1};
-        const auto type =
-            params.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
         CUtensorMap made;
-        const CUresult result =
-            encode(&made, type, 4, const_cast<uint16_t*>(rows), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        const CUresult result = encodeRowMap(encode, made, rows, params, tokens);
         if (result != CUDA_SUCCESS) {
             return fail(Status::kCuda, "%s: the driver refuses the tensor map of [%d, %d, %d, 128] (CUresult %d)",
                         kName, params.batch, params.tokens, params.heads, static_cast<int>(result));

@@ -2,18 +2,21 @@
 // tests/plugins/lightning_host.py with an ordinary C++ compiler.
 #include "lightning/checks.h"
 #include "lightning/dispatch.cuh"
+#include "lightning/row_boxes.h"
 #include "mxc_harness.h"
 
 namespace {
 
 struct HopperRunner : mxc::EmulatedRunner {
-    // As Sm90Runner::rowMap in plugins/lightning/lightning_prefill_sm90.cu.
     mxc::Status rowMap(mxc::TensorMap& map, const uint16_t* rows, const mxc::LightningParams& params, int tokens) {
-        const int64_t row = 2 * 128, token = row * params.heads;
-        map = {reinterpret_cast<char*>(const_cast<uint16_t*>(rows)),
-               {128, params.heads, params.tokens, params.batch},
-               {2, row, token, token * params.tokens},
-               {64, 1, tokens, 1}};
+        const mxc::RowBoxes boxes = mxc::rowBoxes(params, tokens);
+        map.base = reinterpret_cast<char*>(const_cast<uint16_t*>(rows));
+        map.stride[0] = 2;
+        for (int i = 0; i < 4; ++i) {
+            map.size[i] = static_cast<int64_t>(boxes.size[i]);
+            map.box[i] = static_cast<int>(boxes.box[i]);
+            if (i > 0) map.stride[i] = static_cast<int64_t>(boxes.stride[i - 1]);
+        }
         return mxc::Status::kOk;
     }
 };
