@@ -42,6 +42,20 @@ TOKEN_INPUTS: dict[str, tuple[Dim, ...]] = {
 }
 LOGITS = "logits"  # [batch, positions, vocabulary]
 
+# Of models with a vision half only, behind the states. A token whose position is not negative takes that row of the features in the
+# place of its own embedding.
+IMAGE_FEATURES, IMAGE_POSITIONS = "image_features", "image_positions"
+IMAGE_ROWS = "image_rows"
+# The graph of the vision half: normalised tiles to rows like token embeddings, those of all patches and one for a line's end.
+PIXELS, TILES, FEATURES = "pixels", "tiles", "features"
+
+
+def image_inputs(config: ModelConfig) -> dict[str, tuple[Dim, ...]]:
+    """Inputs of the text graph for images: name -> dimensions. Features are of the model's type, positions int64."""
+    if config.vision is None:
+        return {}
+    return {IMAGE_FEATURES: (IMAGE_ROWS, config.hidden_size), IMAGE_POSITIONS: (BATCH, TOKENS)}
+
 
 def state_specs(config: ModelConfig) -> tuple[StateSpec, ...]:
     """The states in the order of the model's flat list: layer by layer, key before value."""

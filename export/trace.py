@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import torch
@@ -10,11 +12,15 @@ from export.contract import (
     BATCH,
     CANONICAL_OPSET,
     CAPACITY,
+    IMAGE_FEATURES,
+    IMAGE_ROWS,
     LOGITS,
     POSITIONS,
     TOKEN_INPUTS,
     TOKENS,
+    Dim,
     hidden_tap,
+    image_inputs,
     router_tap,
     state_specs,
 )
@@ -37,19 +43,25 @@ def trace_program(config: ModelConfig, dtype: str = "float32") -> torch.export.E
         model = TextModel(config, TORCH_DTYPES[dtype])
     model.eval()
     # Distinct sizes above one, so that the tracer cannot take two dimensions for the same or for a constant.
-    sizes = {BATCH: 2, TOKENS: 3, POSITIONS: 5, CAPACITY: 16}
+    sizes = {BATCH: 2, TOKENS: 3, POSITIONS: 5, CAPACITY: 16, IMAGE_ROWS: 7}
     dims = {name: torch.export.Dim(name) for name in sizes}
+    images = image_inputs(config)
 
-    def integers(names: tuple[int | str, ...]) -> torch.Tensor:
-        return torch.zeros([sizes[str(name)] for name in names], dtype=torch.int64, device="meta")
+    def integers(names: tuple[int | str, ...], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.zeros([sizes[d] if isinstance(d, str) else d for d in names], dtype=dtype, device="meta")
 
     def dynamic(names: tuple[int | str, ...]) -> dict[int, torch.export.Dim]:
         return {axis: dims[name] for axis, name in enumerate(names) if isinstance(name, str)}
 
-    arguments = (*(integers(names) for names in TOKEN_INPUTS.values()), model.new_states(sizes[BATCH], sizes[CAPACITY]))
+    arguments = (
+        *(integers(names) for names in TOKEN_INPUTS.values()),
+        model.new_states(sizes[BATCH], sizes[CAPACITY]),
+        *(integers(d, TORCH_DTYPES[dtype] if name == IMAGE_FEATURES else torch.int64) for name, d in images.items()),
+    )
     shapes = (
         *(dynamic(names) for names in TOKEN_INPUTS.values()),
         [dynamic(spec.dims) for spec in state_specs(config)],
+        *(dynamic(names) for names in images.values()),
     )
     with torch.no_grad():
         return torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
@@ -66,20 +78,33 @@ def trace_model(config: ModelConfig, dtype: str = "float32") -> ir.Model:
         Inputs and outputs named as `export.contract` says; layers' inside values named by `hidden_tap` and `router_tap`;
         initializers named as the parameters of `TextModel`.
     """
-    program = torch.onnx.export(
-        trace_program(config, dtype),
+    model = translated(trace_program(config, dtype), translation_table(config))
+    model.graph.name = "mxcompile_canonical"
+    _name_inputs_and_outputs(model.graph, config)
+    inputs = TOKEN_INPUTS | {spec.input_name: spec.dims for spec in state_specs(config)} | image_inputs(config)
+    model = tidied(model, inputs)
+    verify_canonical(model, config)
+    forget_weights(model, config)
+    return model
+
+
+def translated(program: torch.export.ExportedProgram, table: dict[Callable, Callable]) -> ir.Model:
+    """The ONNX graph of a traced program, node by node."""
+    exported = torch.onnx.export(
+        program,
         # Its optimizer would fold weights that are not there; the graph needs no folding.
         optimize=False,
         opset_version=18,  # what the translations of torch are written in; the few operators left are the same up to 27
-        custom_translation_table=translation_table(config),
+        custom_translation_table=table,
         verbose=False,
     )
-    assert program is not None
-    model = program.model
-    model.opset_imports[""] = CANONICAL_OPSET
-    model.graph.name = "mxcompile_canonical"
-    _name_inputs_and_outputs(model.graph, config)
-    inputs = TOKEN_INPUTS | {spec.input_name: spec.dims for spec in state_specs(config)}
+    assert exported is not None
+    exported.model.opset_imports[""] = CANONICAL_OPSET
+    return exported.model
+
+
+def tidied(model: ir.Model, inputs: dict[str, tuple[Dim, ...]]) -> ir.Model:
+    """The graph with dimensions named as those of its `inputs`, and without what only the tracer needs."""
     passes = [
         NameDimensions(inputs),
         FixReshapes(),
@@ -88,16 +113,14 @@ def trace_model(config: ModelConfig, dtype: str = "float32") -> ir.Model:
         common_passes.RemoveUnusedNodesPass(),
         StripMetadata(),
     ]
-    model = run_passes(model, passes, verify_structure)
-    verify_canonical(model, config)
-    forget_weights(model, config)
-    return model
+    return run_passes(model, passes, verify_structure)
 
 
 def _name_inputs_and_outputs(graph: ir.Graph, config: ModelConfig) -> None:
     """Give graph inputs and outputs their contract names, and turn the tap outputs into named inside values."""
     specs = state_specs(config)
-    for value, name in zip(graph.inputs, [*TOKEN_INPUTS, *(spec.input_name for spec in specs)], strict=True):
+    names = [*TOKEN_INPUTS, *(spec.input_name for spec in specs), *image_inputs(config)]
+    for value, name in zip(graph.inputs, names, strict=True):
         value.name = name
     layers = range(config.num_layers)
     taps = [*(hidden_tap(layer) for layer in layers), *(router_tap(layer) for layer in layers)]

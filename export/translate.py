@@ -15,6 +15,29 @@ from export.schemas import CONTRIB_DOMAIN, register_schemas
 from model_defs.config import ModelConfig
 
 
+def vision_translation_table() -> dict[Callable, Callable]:
+    """As `translation_table`, for the vision half: shorter forms of what torch's own translations spell out."""
+    op, base = values.Opset("", CANONICAL_OPSET), values.Opset("", 18)
+
+    def gelu(x: Any, approximate: str = "none") -> Any:
+        return op.Gelu(x, approximate=approximate)
+
+    def conv2d(x: Any, weight: Any, bias: Any = None, stride: Sequence[int] = (1, 1)) -> Any:
+        return base.Conv(x, weight, bias, strides=list(stride))
+
+    def cut(x: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+        first, last = start or 0, np.iinfo(np.int64).max if end is None else end
+        if first == 0 and last == np.iinfo(np.int64).max:
+            return base.Identity(x)
+        return base.Slice(x, *(base.Constant(value_ints=[number]) for number in (first, last, dim, step)))
+
+    return {
+        torch.ops.aten.conv2d.default: conv2d,
+        torch.ops.aten.gelu.default: gelu,
+        torch.ops.aten.slice.Tensor: cut,
+    }
+
+
 def translation_table(config: ModelConfig) -> dict[Callable, Callable]:
     """torch operator -> function that builds its ONNX nodes, for `torch.onnx.export(custom_translation_table=...)`."""
     register_schemas()
@@ -34,6 +57,11 @@ def translation_table(config: ModelConfig) -> dict[Callable, Callable]:
         return op.LinearAttention(
             q, k, v, past_state, decay, q_num_heads=heads, kv_num_heads=heads, update_rule="gated", scale=1.0
         )
+
+    def place_images(x: Any, features: Any, positions: Any) -> Any:
+        zero = base.Constant(value_int=0)
+        own = base.Unsqueeze(base.Less(positions, zero), base.Constant(value_ints=[-1]))
+        return base.Where(own, x, base.Gather(features, base.Max(positions, zero), axis=0))
 
     def rotary_angles(positions: Any, frequencies: Sequence[float]) -> Any:
         column = base.Unsqueeze(base.Cast(positions, to=ir.DataType.FLOAT), base.Constant(value_ints=[-1]))
@@ -94,6 +122,7 @@ def translation_table(config: ModelConfig) -> dict[Callable, Callable]:
         ours.rms_norm.default: rms_norm,
         ours.log_decay.default: log_decay,
         ours.lightning_attention.default: lightning_attention,
+        ours.place_images.default: place_images,
         ours.rotary_angles.default: rotary_angles,
         ours.rotary_embedding.default: rotary_embedding,
         ours.append_to_cache.default: append_to_cache,

@@ -7,7 +7,7 @@ from collections import Counter
 import onnx
 import onnx_ir as ir
 
-from export.contract import CANONICAL_OPSET, LOGITS, TOKEN_INPUTS, hidden_tap, router_tap, state_specs
+from export.contract import CANONICAL_OPSET, LOGITS, TOKEN_INPUTS, hidden_tap, image_inputs, router_tap, state_specs
 from export.errors import ExportError
 from export.schemas import CONTRIB_DOMAIN
 from model_defs.config import ModelConfig
@@ -18,6 +18,8 @@ ALLOWED_OPERATORS = frozenset(
     "Add Attention Cast Concat Constant Cos Expand Gather GatherElements Less LinearAttention MatMul Mul RMSNormalization Range "
     "Reshape RotaryEmbedding Shape Sigmoid Sin Split Squeeze TensorScatter Transpose Unsqueeze".split()
 ) | {f"{CONTRIB_DOMAIN}::MoE"}
+# What a graph that takes image features may hold besides.
+IMAGE_OPERATORS = frozenset({"Max", "Where"})
 
 
 def verify_structure(model: ir.Model) -> None:
@@ -37,13 +39,15 @@ def verify_canonical(model: ir.Model, config: ModelConfig) -> None:
     """The rules of the canonical form. Raises ExportError naming the first one broken."""
     verify_structure(model)
     graph = model.graph
-    _same_names("inputs", [v.name for v in graph.inputs], [*TOKEN_INPUTS, *(s.input_name for s in state_specs(config))])
-    _same_names("outputs", [v.name for v in graph.outputs], [LOGITS, *(s.output_name for s in state_specs(config))])
+    inputs = [*TOKEN_INPUTS, *(s.input_name for s in state_specs(config)), *image_inputs(config)]
+    same_names("inputs", [v.name for v in graph.inputs], inputs)
+    same_names("outputs", [v.name for v in graph.outputs], [LOGITS, *(s.output_name for s in state_specs(config))])
     _verify_state_dims(graph, config)
-    unknown = Counter(_operator(node) for node in graph if _operator(node) not in ALLOWED_OPERATORS)
+    allowed = ALLOWED_OPERATORS | (IMAGE_OPERATORS if config.vision is not None else frozenset())
+    unknown = Counter(operator_of(node) for node in graph if operator_of(node) not in allowed)
     if unknown:
         raise ExportError(f"operators outside the canonical set: {dict(unknown)}")
-    counts = Counter(_operator(node) for node in graph)
+    counts = Counter(operator_of(node) for node in graph)
     expected = {
         "LinearAttention": len(config.lightning_layers),
         "Attention": len(config.softmax_layers),
@@ -100,7 +104,8 @@ def _verify_state_dims(graph: ir.Graph, config: ModelConfig) -> None:
             raise ExportError(f"{spec.input_name} must be fp32, not {values[spec.input_name].dtype}")
 
 
-def _same_names(what: str, found: list[str | None], expected: list[str]) -> None:
+def same_names(what: str, found: list[str | None], expected: list[str]) -> None:
+    """Raises ExportError with the first name that differs."""
     if found != expected:
         wrong = next(
             (pair for pair in zip(found, expected, strict=False) if pair[0] != pair[1]), (len(found), len(expected))
@@ -108,5 +113,6 @@ def _same_names(what: str, found: list[str | None], expected: list[str]) -> None
         raise ExportError(f"graph {what} differ from the contract: {wrong[0]!r} where {wrong[1]!r} is expected")
 
 
-def _operator(node: ir.Node) -> str:
+def operator_of(node: ir.Node) -> str:
+    """The node's operator, with its domain where that is not ONNX's own."""
     return f"{node.domain}::{node.op_type}" if node.domain else node.op_type

@@ -5,7 +5,7 @@ right-padded rows. Padding never touches a state.
 
 Legend: B batch, T new tokens (padded), P positions at which logits are wanted, D hidden, H heads, G key/value heads,
 K channels of a head, W = H * K, R half of the rotary channels, S cache capacity, E experts, I expert inner width,
-N vocabulary.
+N vocabulary, M rows of image features.
 
 Numerics: weights and activations in `dtype`; in 16-bit models the recurrent state, the recurrence, rotary angles, softmax, router
 and lm_head run in fp32. In an fp64 model everything does, but rotary angles are still fp32 products, as they are part of the
@@ -197,6 +197,8 @@ class TextModel(nn.Module):
         past_lengths_B: Tensor,
         logit_positions_BP: Tensor,
         states: list[Tensor],
+        image_features_MD: Tensor | None = None,
+        image_positions_BT: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor], Taps]:
         """One step over right-padded rows.
 
@@ -206,12 +208,16 @@ class TextModel(nn.Module):
             past_lengths_B: int64, tokens of each row seen before.
             logit_positions_BP: int64, indices into T at which logits are wanted.
             states: as the class says; caches of capacity S >= max(past_lengths) + T.
+            image_features_MD: rows that take the place of tokens' embeddings, in the model's dtype; M >= 1. Both or none.
+            image_positions_BT: int64; which of them a token takes, -1 for one that keeps its own embedding.
 
         Returns:
             logits [B, P, N] (fp32; fp64 in an fp64 model), the new states in the same order, and the taps.
         """
         context = self._context(input_ids_BT, new_lengths_B, past_lengths_B)
         x_BTD = torch.nn.functional.embedding(input_ids_BT, self.embed_tokens.weight)
+        if image_features_MD is not None and image_positions_BT is not None:
+            x_BTD = ops.place_images(x_BTD, image_features_MD, image_positions_BT)
         remaining, presents, taps = list(states), [], Taps([], [])
         for layer, kind in zip(self.layers, self.config.layer_kinds, strict=True):
             count = 1 if kind == "lightning" else 2

@@ -7,6 +7,7 @@ from model_defs.ops.kv_cache import append_to_cache
 from model_defs.ops.lightning_attention import lightning_attention
 from model_defs.ops.log_decay import log_decay
 from model_defs.ops.moe import mixture_of_experts
+from model_defs.ops.place_images import place_images
 from model_defs.ops.residual import scaled_residual
 from model_defs.ops.rms_norm import rms_norm
 from model_defs.ops.rotary import rotary_angles, rotary_embedding
@@ -17,6 +18,7 @@ __all__ = [
     "lightning_attention",
     "log_decay",
     "mixture_of_experts",
+    "place_images",
     "rms_norm",
     "rotary_angles",
     "rotary_embedding",
