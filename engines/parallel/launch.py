@@ -12,6 +12,7 @@ import importlib.util
 import json
 import mmap
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -32,7 +33,11 @@ from engines.parallel.message import Message, decode, encode
 from engines.parallel.worker import OPTIONS, SOCKET, TICKS, log_name
 
 POLL_S = 0.2
-GRACE_S = 2.0  # for the other ranks' answers once one has failed, and for an orderly end
+GRACE_S = 2.0  # for an orderly end
+PATIENCE_S = 20.0  # for what follows from another process' doing at once, unless the machine is very busy
+_BLAMED = re.compile(
+    r"process rank (\d+) with PID|Process name: \[[^\]]*,(\d+)\]"
+)  # in the words of Open MPI's launcher
 
 
 class RankProcesses:
@@ -94,7 +99,7 @@ class RankProcesses:
                     connection.send_bytes(encode(messages[rank]))
                 return self._answers("compute")
         except OSError:
-            self._fail(self._lost_rank())
+            self._lost()
         except EngineError as error:
             if error.exit_code != USAGE:
                 self.close(orderly=False)
@@ -102,12 +107,11 @@ class RankProcesses:
         except _SecondInterrupt:
             self.close(orderly=False)
             raise
-        raise AssertionError
 
     def check_alive(self) -> None:
         """Raise EngineError when a rank was lost since the last call, which nobody would notice before the next."""
         if self._failure is None and self._process is not None and self._process.poll() is not None:
-            self._fail(self._lost_rank())
+            self._lost()
         if self._failure is not None:
             raise self._failure
 
@@ -168,7 +172,9 @@ class RankProcesses:
             if wait([socket], POLL_S):
                 connection = listener.accept()
                 try:
-                    hello = decode(connection.recv_bytes()) if connection.poll(GRACE_S) else {}
+                    # A process that is there says hello or dies, however long the machine keeps it waiting.
+                    patience = max(PATIENCE_S, until - time.monotonic())
+                    hello = decode(connection.recv_bytes()) if connection.poll(patience) else {}
                 except (EOFError, OSError):
                     continue  # the process died between two steps; the launcher's end will tell
                 if "lifeline" in hello:
@@ -201,13 +207,13 @@ class RankProcesses:
                 try:
                     answers[rank] = decode(connection.recv_bytes())  # type: ignore[union-attr]
                 except (EOFError, OSError):
-                    self._fail(self._lost_rank(rank))
+                    self._lost(rank)
                 if "fatal" in answers[rank]:
-                    self._fail(rank, answers[rank]["fatal"], exit_code=answers[rank]["exit_code"])
+                    self._fail_with(rank, answers[rank])
             now = time.monotonic()
             if ready or (self._ticks != ticks).any():
                 ticks, moved = self._ticks.copy(), now
-            elif answers and any("error" in answer for answer in answers.values()) and now - moved > GRACE_S:
+            elif answers and any("error" in answer for answer in answers.values()) and now - moved > PATIENCE_S:
                 self._fail(min(waiting.values()), "does not answer where others refused a call")
             elif now - moved > self._stall_limit:
                 behind = min(waiting.values(), key=lambda rank: (self._ticks[rank], rank))
@@ -219,27 +225,57 @@ class RankProcesses:
             self._fail(None, f"disagree about a call: {errors[0]}")
         return [answers[rank] for rank in range(self.ranks)]
 
-    def _lost_rank(self, seen: int | None = None) -> int | None:
-        """Which rank died first, as the sockets of all close soon after: the one whose process is gone while others live."""
+    def _lost(self, seen: int | None = None) -> NoReturn:
+        """A rank's socket is closed, `seen` among others: name the one that failed first, and what it said.
+
+        The launcher ends all ranks when one has ended, so by now any number of sockets may be closed, in any order.
+        """
         time.sleep(POLL_S / 4)
         gone = [rank for rank, pid in self._pids.items() if not _alive(pid)]
-        return gone[0] if len(gone) == 1 else seen
+        if self._process is not None and self._joined is None:
+            with contextlib.suppress(
+                subprocess.TimeoutExpired
+            ):  # the launcher tells which one it was, and how it ended
+                self._process.wait(PATIENCE_S)
+        said = {rank: words for rank, line in self._connections.items() if (words := _fatal(line)) is not None}
+        blamed = self._blamed()
+        if blamed is None:
+            blamed = next(iter(said)) if said else gone[0] if len(gone) == 1 else seen
+        if blamed in said:
+            self._fail_with(blamed, said[blamed])
+        self._fail(blamed)
 
-    def _fail(self, rank: int | None, what: str = "ended unexpectedly", *, exit_code: int = ENVIRONMENT) -> None:
-        """End all ranks and raise EngineError with the last words of the one at fault."""
-        if self._process is not None and self._joined is None and what == "ended unexpectedly":
-            with contextlib.suppress(subprocess.TimeoutExpired):  # the launcher tells how it ended
-                self._process.wait(GRACE_S)
+    def _blamed(self) -> int | None:
+        """The rank that the launcher says has ended first."""
+        with contextlib.suppress(OSError):
+            found = _BLAMED.search((self._folder / "launcher.log").read_text(errors="replace"))
+            rank = int(found[1] or found[2]) if found else -1
+            return rank if rank in range(self.ranks) else None
+        return None
+
+    def _fail(
+        self,
+        rank: int | None,
+        what: str = "ended unexpectedly",
+        *,
+        exit_code: int = ENVIRONMENT,
+        launcher: bool = True,
+    ) -> NoReturn:
+        """End all ranks and raise EngineError with the last words of the one at fault, or of the `launcher`."""
         who = "the ranks" if rank is None else f"rank {rank}"
-        words = self._last_words(rank)
+        words = self._last_words(rank, launcher)
         words = "" if what in words else words
         self._failure = EngineError(f"{who} {what}{words}", exit_code=exit_code)
         self.close(orderly=False)
         raise self._failure
 
-    def _last_words(self, rank: int | None) -> str:
+    def _fail_with(self, rank: int, said: Message) -> NoReturn:
+        """The same with what the rank itself said; the launcher may or may not have noticed yet, and adds nothing."""
+        self._fail(rank, said["fatal"], exit_code=said["exit_code"], launcher=False)
+
+    def _last_words(self, rank: int | None, launcher: bool) -> str:
         names = [log_name(rank)] if rank is not None else [log_name(each) for each in range(self.ranks)]
-        for name in [*names, "launcher.log"]:
+        for name in [*names, "launcher.log"] if launcher else names:
             with contextlib.suppress(OSError):
                 text = (self._folder / name).read_text(errors="replace")
                 lines = [line.strip() for line in text.splitlines() if set(line.strip()) - set("-=*")]
@@ -308,6 +344,16 @@ def _environment(threads: int) -> dict[str, str]:
     if os.geteuid() == 0:  # Open MPI's launcher otherwise refuses to run as root, as in containers
         variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return variables
+
+
+def _fatal(connection: Connection) -> Message | None:
+    """What a rank said when it failed, if that is waiting to be read."""
+    with contextlib.suppress(EOFError, OSError):
+        while connection.poll(0):
+            message = decode(connection.recv_bytes())
+            if "fatal" in message:
+                return message
+    return None
 
 
 def _alive(pid: int) -> bool:

@@ -49,7 +49,12 @@ def main() -> None:
     """Serve until told to stop, or until the session is gone."""
     folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     rank = next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
-    _serve(rank, folder, options, Client(str(folder / SOCKET)))
+    try:
+        commands = Client(str(folder / SOCKET))
+    except (ConnectionRefusedError, FileNotFoundError):  # the session was killed before this process had started
+        shutil.rmtree(folder, ignore_errors=True)
+        raise SystemExit("the session that started this rank is gone") from None
+    _serve(rank, folder, options, commands)
 
 
 def join(launch: Launch, engine: Path, limit: float) -> NoReturn:
