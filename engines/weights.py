@@ -53,11 +53,13 @@ class WeightRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`parts` maps a weight to its first dimension E when graphs also use `name@0` .. `name@{E-1}`, its slices."""
+    """`parts` maps a weight to its first dimension E when graphs also use `name@0` .. `name@{E-1}`, its slices; to [E, *shape] where they
+    use them in another shape than the weight's own.
+    """
 
     files: list[WeightFile]
     tensors: list[WeightRecord]
-    parts: dict[str, int]
+    parts: dict[str, int | list[int]]
 
     def to_json(self) -> str:
         lines = ",\n  ".join(json.dumps(dataclasses.asdict(tensor)) for tensor in self.tensors)
@@ -78,8 +80,15 @@ class Manifest:
             if len({tensor.name for tensor in manifest.tensors}) != len(manifest.tensors):
                 raise ValueError("a weight is listed twice")
             for name, count in manifest.parts.items():
-                if [t.shape[:1] for t in manifest.tensors if t.name == name] != [[count]]:
-                    raise ValueError(f"{name} does not have {count} parts")
+                whole = [t.shape for t in manifest.tensors if t.name == name]
+                parts, *shape = count if isinstance(count, list) else [count]
+                if [found[:1] for found in whole] != [[parts]]:
+                    raise ValueError(f"{name} does not have {parts} parts")
+                if shape and (
+                    not all(type(dim) is int and dim >= 0 for dim in shape)
+                    or math.prod(shape) != math.prod(whole[0][1:])
+                ):
+                    raise ValueError(f"the parts of {name} do not have the shape {shape}")
             for file in manifest.files:
                 if file.root not in ("engine", "checkpoint"):
                     raise ValueError(f"unknown place {file.root!r}")
@@ -133,7 +142,9 @@ def map_weights(
         # A plain ndarray over the mapping: np.memmap's own bookkeeping is slow and not needed.
         arrays[tensor.name] = np.asarray(piece).view(np.dtype(tensor.dtype)).reshape(tensor.shape)
     for name, count in manifest.parts.items():
-        arrays |= {f"{name}@{index}": arrays[name][index] for index in range(count)}
+        parts, *shape = count if isinstance(count, list) else [count]
+        stacked = arrays[name].reshape(parts, *(shape or arrays[name].shape[1:]))  # a view
+        arrays |= {f"{name}@{index}": stacked[index] for index in range(parts)}
     return arrays
 
 

@@ -88,11 +88,22 @@ def bound_tensor(name: str, recipe: Recipe, value: ir.Value, source: Source) -> 
 
     if not isinstance(recipe, Direct):
         return ExpertTensor(recipe, source, dtype, value.shape, name)
+    return ConvertedTensor(recipe, source, dtype, value.shape, name)
 
-    def assemble() -> ir.TensorProtocol:
-        return _as_tensor(recipe.assemble(source.array), dtype, name, tuple(shape))
 
-    return ir.LazyTensor(assemble, dtype=dtype, shape=value.shape, name=name, cache=False)
+class ConvertedTensor(ir.LazyTensor):
+    """A checkpoint tensor in another type than it is stored in, made when somebody asks."""
+
+    def __init__(self, recipe: Direct, source: Source, dtype: ir.DataType, shape: ir.Shape, name: str) -> None:
+        def assemble() -> ir.TensorProtocol:
+            return _as_tensor(self.stored(), dtype, name, tuple(shape.numpy()))
+
+        super().__init__(assemble, dtype=dtype, shape=shape, name=name, cache=False)
+        self._recipe, self._source = recipe, source
+
+    def stored(self) -> NDArray:
+        """The tensor in the type it is stored in, usually a view of the mapped file."""
+        return self._recipe.assemble(self._source.array)
 
 
 class ExpertTensor(ir.LazyTensor):

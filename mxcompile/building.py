@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ the contributed operators (LinearAttention, MoE beside an fp32 router) take fp32
 """
 
 QUANTIZATIONS = ("int8",)
+WHOLE_QUANTIZATIONS = ("int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def build(
     gpu: str | None = None,
     device: str = "cpu",
     strip_weights: bool = False,
+    quantize: str | None = None,
     quantize_experts: str | None = None,
     taps: bool = False,
     layers: int | None = None,
@@ -92,6 +94,8 @@ def build(
         gpu: what a TensorRT engine is for, by a name of `engines.tensorrt.gpus`; default: the target's usual one.
         device: "cuda" lets ONNX Runtime run the engine with its CUDA provider, which must be here; never tried.
         strip_weights: keep the weights out of a TensorRT engine; it reads them from the checkpoint when it is loaded.
+        quantize: "int8" or "int4" keeps all large matrices in 8 or 4 bits, quantized from the checkpoint on the way; products with
+            them take activations in int8 (docs/quantization.md). For ONNX Runtime on the CPU, one rank.
         quantize_experts: "int8" keeps the experts' weights in 8 bits, quantized from the checkpoint on the way.
         taps: let a TensorRT engine give out what is behind every layer, so that `validate` can name the layer that is off. Every step
             then writes it, so not for use. ONNX Runtime engines do so without.
@@ -119,6 +123,8 @@ def build(
         raise MxcompileError(f"--build-jobs is a number of ranks to build at a time, at least 1, not {build_jobs}")
     if quantize_experts is not None:
         check_choice("quantize-experts", quantize_experts, QUANTIZATIONS)
+    if quantize is not None:
+        _check_quantize(quantize, quantize_experts, target, device, tp_size, cp_size)
     if device != "cpu" and (target != "onnxruntime" or tp_size > 1 or cp_size > 1):
         raise MxcompileError(
             "--device is for engines of one rank for onnxruntime; --gpu says what a TensorRT engine is for"
@@ -167,6 +173,10 @@ def build(
             several = len(plan.mapping.ranks) > 1
             chunk = _shared_chunk(prefill_chunk, max_seq_len, cp_size)
             fingerprint = opened.fingerprint()
+            if quantize is not None:
+                from export.quantize_blocks import check_blocks
+
+                check_blocks(config, quantize)
         with clock.stage("trace"), _torch_threads(threads):
             model = graph(config, dtype) if several else bound_graph(config, dtype, opened)
 
@@ -187,12 +197,12 @@ def build(
             mapping=EngineMapping(**dataclasses.asdict(plan.mapping)),
         )
         if not several:
-            quantized = quantize(model) if quantize_experts is not None else None
+            quantized = _quantize(model, quantize, quantize_experts)
             with StageByName(clock) as report:
                 referenced = referenced_bytes(model)
                 engine = build_engine(model, writer, request, report)
             if quantized is not None:
-                engine = dataclasses.replace(engine, quantization=quantized.described())
+                engine = dataclasses.replace(engine, quantization=quantized())
         else:
             from mxcompile.rank_building import build_ranks
 
@@ -259,6 +269,34 @@ def _sharding_plan(
 
         find_launcher()
     return plan
+
+
+def _check_quantize(
+    quantize: str, quantize_experts: str | None, target: str, device: str, tp_size: int, cp_size: int
+) -> None:
+    """MxcompileError where a whole model cannot be quantized like this."""
+    check_choice("quantize", quantize, WHOLE_QUANTIZATIONS)
+    if quantize_experts is not None:
+        raise MxcompileError("--quantize is for all large matrices, experts included; leave --quantize-experts out")
+    if target != "onnxruntime":
+        raise MxcompileError(
+            f"--quantize is for the target onnxruntime; the target {target} has --quantize-experts int8, which its plugins run"
+        )
+    if device != "cpu":
+        raise MxcompileError("--quantize is for the CPU; leave --device out")
+    if tp_size > 1 or cp_size > 1:
+        raise MxcompileError("--quantize is for engines of one rank; leave it out, or --tp-size and --cp-size")
+
+
+def _quantize(model: ir.Model, whole: str | None, experts: str | None) -> Callable[[], dict[str, Any]] | None:
+    """Quantize a bound graph; a function that says how for the engine's configuration, once the weights have been written."""
+    if whole is not None:
+        from export.quantize_blocks import QuantizeWeights
+
+        weights = QuantizeWeights(whole)
+        weights(model)
+        return weights.described
+    return quantize(model).described if experts is not None else None
 
 
 def quantize(model: ir.Model) -> QuantizationError:

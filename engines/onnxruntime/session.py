@@ -45,7 +45,8 @@ def load(
     Args:
         threads: of ONNX Runtime; default: the CPUs this process may use.
         prepack: let ONNX Runtime keep rearranged copies of linear and expert weights (as much memory again, not
-            shared between processes). Without it several tokens at once take up to twice the time.
+            shared between processes). Without it several tokens at once take up to twice the time. A model quantized as a
+            whole then widens its weights at every step and computes in fp32, exactly and 10 to 100 times slower.
         verify: "quick" checks files above 64 MiB by size and samples, "full" reads every byte.
         checkpoint: where the checkpoint lies now, if it was moved since the build.
         rank: which rank's files to load.
@@ -88,6 +89,7 @@ class OrtSession(RaggedSession):
         # ONNX Runtime uses these bytes where they lie, so they live as long as the session.
         self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
         self._arrays = weights
+        self._prepack = prepack
         self._pairs = [(spec.past, spec.present) for spec in config.states]
         self._session = self._open(str(graph), prepack)
         self._prefill_session = self._session if prefill_graph is None else self._open(str(prefill_graph), prepack)
@@ -108,6 +110,10 @@ class OrtSession(RaggedSession):
         step.ids_RT[:, 0] = tokens_B
         step.new_R[:] = 1
         return self._run_single(step, state)[:, 0].copy()
+
+    @property
+    def _int8_activations(self) -> bool:
+        return "activations" in (self._config.quantization or {})
 
     def _own(self, state: State) -> OrtState:
         checks.own(isinstance(state, OrtState) and state.config is self._config)
@@ -212,7 +218,8 @@ class OrtSession(RaggedSession):
             model = onnx.load(str(self._graph), load_external_data=False)
             for name in self._config.taps:
                 model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-            self._tap_session = self._open(model.SerializeToString(), prepack=False)
+            # A quantized model computes something else without packed weights.
+            self._tap_session = self._open(model.SerializeToString(), prepack=self._int8_activations and self._prepack)
         return self._tap_session
 
 

@@ -22,7 +22,7 @@ from engines.errors import EngineError
 from engines.interface import Positions, RowSnapshot, StepResult, check_start
 from export.contract import LOGITS, TOKEN_INPUTS, hidden_tap, router_tap, state_specs
 from model_defs import ops
-from model_defs.quantization import SCHEMES, rounded_rows
+from model_defs.quantization import SCHEMES, WHOLE, block_scheme, rounded_blocks, rounded_rows
 from model_defs.text_model import TextModel
 from model_defs.weights import Direct, weight_recipes
 
@@ -74,6 +74,8 @@ class PyTorchSession:
         dtype: str = "float32",
         layers: int | None = None,
         quantize_experts: str | None = None,
+        quantize: str | None = None,
+        int8_activations: bool = False,
         **options: Any,
     ) -> PyTorchSession:
         """Load a checkpoint folder (or an opened checkpoint).
@@ -82,6 +84,8 @@ class PyTorchSession:
             dtype: of weights and activations; "float64" and "float32" widen the stored weights exactly.
             layers: take the first ones only.
             quantize_experts: "int8" rounds the experts' weights as an engine with int8 experts does.
+            quantize: "int8" or "int4" rounds all large matrices as an engine built so does.
+            int8_activations: round what goes into products with those as well, as such an engine does.
             options: of the constructor.
 
         Raises CheckpointError or ConfigError for a bad checkpoint, EngineError for an unknown dtype.
@@ -96,7 +100,12 @@ class PyTorchSession:
         config = config if layers is None else config.truncated(layers)
         require_complete(opened, config)
         reference = CheckpointReference(str(opened.folder), opened.fingerprint())
-        return cls(load_model(opened, config, dtype, quantize_experts), checkpoint=reference, **options)
+        model = load_model(opened, config, dtype, quantize_experts, quantize)
+        if int8_activations and quantize is not None:
+            from mxcompile.backends.rounded_activations import round_activations
+
+            round_activations(model, quantize)
+        return cls(model, checkpoint=reference, **options)
 
     @property
     def config(self) -> EngineConfig:
@@ -353,13 +362,19 @@ class PyTorchState:
 
 
 def load_model(
-    checkpoint: Checkpoint, config: ModelConfig, dtype: str = "float32", quantize_experts: str | None = None
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    dtype: str = "float32",
+    quantize_experts: str | None = None,
+    quantize: str | None = None,
 ) -> TextModel:
     """`TextModel(config)` with the checkpoint's weights; one parameter at a time is held twice."""
     if quantize_experts not in (None, *SCHEMES):
         raise EngineError(
             f"the PyTorch definition knows no experts in {quantize_experts!r}; known: {', '.join(SCHEMES)}"
         )
+    if quantize not in (None, *WHOLE):
+        raise EngineError(f"the PyTorch definition knows no weights in {quantize!r}; known: {', '.join(WHOLE)}")
     with torch.device("meta"):
         model = TextModel(config, DTYPES[dtype])
     wide = np.float64 if dtype == "float64" else np.float32
@@ -368,6 +383,9 @@ def load_model(
         array = recipe.assemble(checkpoint.array)
         if quantize_experts is not None and not isinstance(recipe, Direct):
             array = np.stack([rounded_rows(expert) for expert in array])
+        scheme = None if quantize is None else block_scheme(name, quantize)
+        if scheme is not None:
+            array = rounded_blocks(array.reshape(-1, array.shape[-1]), scheme).reshape(array.shape)
         values = torch.from_numpy(array.astype(wide)).to(DTYPES[dtype])
         owner, _, leaf = name.rpartition(".")
         expected = model.get_parameter(name).shape

@@ -33,6 +33,7 @@ from mxcompile.bench.results import write_json
 from mxcompile.bench.run import describe_engine, environment, find_checkpoint
 from mxcompile.errors import MxcompileError
 from mxcompile.progress import Progress, SilentProgress, Stage
+from mxcompile.quantized import numbers_of, reference_options
 from mxcompile.validation.observe import has_taps, top_margin
 from mxcompile.validation.thresholds import Thresholds, thresholds_for
 
@@ -72,7 +73,9 @@ def drift(
     config = read_config(folder)
     thresholds = thresholds_for(config)
     if thresholds is None:
-        raise MxcompileError(f"no limits are set for the drift of engines in {config.dtype}; build one in float32")
+        raise MxcompileError(
+            f"no limits are set for the drift of engines in {numbers_of(config)}; build one in float32, without --quantize"
+        )
     if "lightning" not in config.model["layer_kinds"]:
         raise MxcompileError(f"{folder}: this engine has no lightning layer, so it has no recurrent state")
     checkpoint = find_checkpoint(config, against, needed=True)
@@ -98,10 +101,8 @@ def drift(
         engine = load(folder, **options, **moved)
         if not has_taps(engine):
             raise MxcompileError(f"{folder}: this {config.target} engine does not tell what its layers are given")
-        rounded = (config.quantization or {}).get("experts")
-        reference = PyTorchSession.load(
-            checkpoint["path"], "float32", config.num_layers, quantize_experts=rounded, **options
-        )
+        options |= reference_options(config)
+        reference = PyTorchSession.load(checkpoint["path"], "float32", config.num_layers, **options)
     longest = min(engine.max_seq_len, reference.max_seq_len)
     fitting = [step for step in steps if step <= longest]
     report.not_run = [

@@ -29,6 +29,7 @@ from mxcompile.bench.run import describe_engine, environment, find_checkpoint
 from mxcompile.bench.text import find_tokenizer, read_text
 from mxcompile.errors import MxcompileError
 from mxcompile.progress import Progress, SilentProgress
+from mxcompile.quantized import reference_options, yardstick_options
 from mxcompile.validation.metrics import kl_divergence
 from mxcompile.validation.thresholds import LOGIT_SCALE, ROUNDED_FACTOR, Thresholds, thresholds_for
 
@@ -140,9 +141,9 @@ def needle(
         options: dict[str, Any] = {} if threads is None else {"threads": threads}
         moved = {"checkpoint": checkpoint["path"]} if checkpoint["moved"] else {}
         engine = load(folder, **options, **moved)
-        # An engine with rounded experts is held against PyTorch with the same.
-        rounded = {"quantize_experts": (config.quantization or {}).get("experts")}
-        reference = PyTorchSession.load(checkpoint["path"], "float32", config.num_layers, **options, **rounded)
+        # An engine with rounded weights is held against PyTorch with the same.
+        options |= reference_options(config)
+        reference = PyTorchSession.load(checkpoint["path"], "float32", config.num_layers, **options)
     thresholds = thresholds_for(config)
     report = NeedleReport(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -157,7 +158,9 @@ def needle(
     yardstick = (
         None
         if thresholds is not None
-        else PyTorchSession.load(checkpoint["path"], config.dtype, config.num_layers, **options, **rounded)
+        else PyTorchSession.load(
+            checkpoint["path"], config.dtype, config.num_layers, **options | yardstick_options(config)
+        )
     )
     yard: list[float] = []
     longest = min(engine.max_seq_len, reference.max_seq_len)

@@ -34,6 +34,7 @@ from mxcompile.bench.text import find_tokenizer, read_text
 from mxcompile.bench.worker import describe
 from mxcompile.errors import MxcompileError
 from mxcompile.progress import Progress, SilentProgress, Stage
+from mxcompile.quantized import reference_options, yardstick_options
 from mxcompile.validation.thresholds import thresholds_for
 
 DEFAULT_CONTEXT = 2048
@@ -217,10 +218,9 @@ def _open(
     else:
         from mxcompile.backends.pytorch import PyTorchSession
 
-        rounded = None if name == REFERENCE else (config.quantization or {}).get("experts")
-        session = PyTorchSession.load(
-            checkpoint["path"], _dtype(name, config, dtype), config.num_layers, quantize_experts=rounded, **options
-        )
+        if name != REFERENCE:
+            options |= yardstick_options(config) if name == YARDSTICK else reference_options(config)
+        session = PyTorchSession.load(checkpoint["path"], _dtype(name, config, dtype), config.num_layers, **options)
 
     def predict(segment: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         state, chunk = session.new_state(1), config.limits.prefill_chunk

@@ -169,7 +169,8 @@ def verdict(report: PerplexityReport) -> str:
         f"The engine predicts the text {'as PyTorch does' if report.passed else 'otherwise than PyTorch'}: {numbers}."
     )
     if judging.name == TWIN and row["change"] is not None:
-        text += f" Rounding the experts' weights changes the original's perplexity by {row['change']:+.1e}."
+        which = "the experts' weights" if "experts" in (report.engine.get("quantization") or {}) else "the weights"
+        text += f" Rounding {which} changes the original's perplexity by {row['change']:+.1e}."
     return text
 
 

@@ -44,6 +44,11 @@ from mxcompile.cli.options import (
     "--strip-weights", is_flag=True, help="Leave weights out of a TensorRT engine; read them when it is loaded."
 )
 @click.option(
+    "--quantize",
+    type=click.Choice(["int8", "int4"]),
+    help="Keep all large matrices in 8 or 4 bits, quantized on the way (onnxruntime on the CPU).",
+)
+@click.option(
     "--quantize-experts", type=click.Choice(["int8"]), help="Keep the experts' weights in 8 bits, quantized on the way."
 )
 @click.option(

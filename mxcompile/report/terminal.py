@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from mxcompile.quantized import rounded_weights_of
 from mxcompile.report.summary import STATUS_WORDS, cases_text, greedy_text, groups, limit_text
 from mxcompile.report.svg import number
 from mxcompile.validation.results import ValidationReport
@@ -56,7 +57,7 @@ def print_report(report: ValidationReport, console: Console | None = None) -> No
     effect = (report.engine.get("quantization") or {}).get("effect")
     if effect is not None:
         console.print(
-            f"{report.engine['quantization']['experts']} experts against the checkpoint's own: logits "
+            f"{rounded_weights_of(report.engine['quantization'])} against the checkpoint's own: logits "
             f"{number(effect['relative_logit_error'])} apart, KL {number(effect['kl_divergence'])} nats, the same first token "
             f"at {effect['same_first_token']:.1%} of {effect['tokens']:.0f} positions",
             soft_wrap=True,
@@ -67,7 +68,8 @@ def print_report(report: ValidationReport, console: Console | None = None) -> No
 
 def _title(report: ValidationReport) -> str:
     engine, reference = report.engine, report.reference
-    return f"{engine['target']} {engine['dtype']} against {reference['target']} {reference['dtype']}, {engine['layers']} layers"
+    rounded = f" ({rounded_weights_of(engine['quantization'])})" if engine["quantization"] else ""
+    return f"{engine['target']} {engine['dtype']}{rounded} against {reference['target']} {reference['dtype']}, {engine['layers']} layers"
 
 
 def _print_layers(report: ValidationReport, console: Console) -> None:

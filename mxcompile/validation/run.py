@@ -15,6 +15,7 @@ from engines.config import EngineConfig
 from engines.interface import Session
 from mxcompile.errors import MxcompileError
 from mxcompile.progress import Progress, SilentProgress
+from mxcompile.quantized import int8_activations, numbers_of, reference_options, yardstick_options
 from mxcompile.same_model import first_difference
 from mxcompile.validation import checks
 from mxcompile.validation.checks import Bench, Schedule
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from mxcompile.backends.pytorch import PyTorchSession
 
 LAYERS_GROUP = "Layers against PyTorch"
+UNROUNDED = "Activations in fp32"
+UNROUNDED_LENGTHS = (65, 257)
 
 
 def validate(
@@ -67,13 +70,16 @@ def validate(
         scale_trace = bench.run_reference(probe.rows[0])
         judge.logit_scale = max(1e-3, float(np.abs(scale_trace.logits_PN).max(-1).mean()))
         if yardstick is not None:
-            judge.thresholds = rounded_thresholds(measure_yardstick(reference, yardstick, probe.rows[0], judge.factor))
+            measured = measure_yardstick(reference, yardstick, probe.rows[0], judge.factor, numbers_of(session.config))
+            judge.thresholds = rounded_thresholds(measured)
             bench.yardstick = yardstick
         layers, fault, layer_checks = _compare_layers(bench, probe, kinds)
         engine_description = _description(session)
         if session.config.quantization is not None and opened is not None:
-            own = _reference(opened, options, session.config.num_layers, None)
-            effect = quantization_effect(reference, own, probe.rows[0])
+            own = _reference(opened, options, session.config.num_layers, {})
+            # What rounds activations has no counterpart in the reference, so the engine itself is compared.
+            rounded = session if int8_activations(session.config) else reference
+            effect = quantization_effect(rounded, own, probe.rows[0])
             engine_description["quantization"] = session.config.quantization | {"effect": effect}
     report = ValidationReport(
         created=created.isoformat(timespec="seconds"),
@@ -110,6 +116,9 @@ def validate(
             stage.advance()
         report.checks += checks.check_stepwise(bench, min(options.stepwise_length, bench.longest))
         stage.advance()
+    if int8_activations(session.config):
+        with progress.stage("unrounded"):
+            _check_unrounded(engine, opened, bench, probe, report)
     with progress.stage("greedy"):
         found, report.greedy = check_greedy(bench)
         report.checks += found
@@ -149,22 +158,14 @@ def _open(engine: Any, against: Any, options: ValidationOptions) -> tuple[Sessio
         raise MxcompileError(
             f"the engine has {layers} layers, the checkpoint {opened.folder} {opened.config.num_layers}"
         )
-    return session, _reference(opened, options, layers, _quantized_experts(config)), opened
+    return session, _reference(opened, options, layers, reference_options(config)), opened
 
 
-def _reference(
-    opened: Checkpoint, options: ValidationOptions, layers: int, quantize_experts: str | None
-) -> PyTorchSession:
-    """The PyTorch definition, with its experts rounded as the engine's are."""
+def _reference(opened: Checkpoint, options: ValidationOptions, layers: int, rounding: dict[str, Any]) -> PyTorchSession:
+    """The PyTorch definition, with its weights rounded as the engine's are."""
     from mxcompile.backends.pytorch import PyTorchSession
 
-    return PyTorchSession.load(
-        opened, options.reference_dtype, layers, quantize_experts=quantize_experts, threads=options.threads
-    )
-
-
-def _quantized_experts(config: EngineConfig) -> str | None:
-    return None if config.quantization is None else config.quantization.get("experts")
+    return PyTorchSession.load(opened, options.reference_dtype, layers, threads=options.threads, **rounding)
 
 
 def _yardstick_session(session: Session, opened: Checkpoint | None, options: ValidationOptions) -> Session:
@@ -172,13 +173,15 @@ def _yardstick_session(session: Session, opened: Checkpoint | None, options: Val
     from mxcompile.backends.pytorch import PyTorchSession
 
     if opened is None:
-        raise MxcompileError(f"an engine in {session.config.dtype} is validated against a checkpoint, not a session")
+        raise MxcompileError(
+            f"an engine in {numbers_of(session.config)} is validated against a checkpoint, not a session"
+        )
     return PyTorchSession.load(
         opened,
         session.config.dtype,
         session.config.num_layers,
-        quantize_experts=_quantized_experts(session.config),
         threads=options.threads,
+        **yardstick_options(session.config),
     )
 
 
@@ -226,6 +229,29 @@ def _compare_layers(
             measures.append(Measure(f"{judge.word} {name}", value, limit.value, f"layer {layer}"))
     check = Check(LAYERS_GROUP, schedule.text, measures, len(kinds), len(kinds))
     return errors, fault, [check]
+
+
+def _check_unrounded(
+    engine: Any, opened: Checkpoint | None, bench: Bench, probe: Schedule, report: ValidationReport
+) -> None:
+    """The same engine without packed weights computes with fp32 activations: it must then keep the limits of float32."""
+    from engines.onnxruntime.session import load
+
+    if not isinstance(engine, (str, os.PathLike)) or opened is None:
+        report.not_run.append(NotRun(UNROUNDED, "needs the engine's folder, not a loaded session"))
+        return
+    session = load(engine, threads=bench.options.threads, prepack=False, checkpoint=opened.folder)
+    judge = Judge(EXACT["float32"], bench.judge.logit_scale)
+    exact = Bench(session, bench.reference, bench.options, judge)
+    kinds = list(session.config.model["layer_kinds"])
+    _, fault, found = _compare_layers(exact, probe, kinds)
+    found = list(found)
+    for length in UNROUNDED_LENGTHS:
+        if length + exact.options.decode_steps <= exact.longest:
+            found += checks.check_length(exact, length)[0]
+    report.checks += [dataclasses.replace(check, group=f"{UNROUNDED}: {check.group}") for check in found]
+    report.reroutes += judge.reroutes
+    report.fault = report.fault or fault
 
 
 def _locate(bench: Bench, kinds: list[str]) -> Fault:

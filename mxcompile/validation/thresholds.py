@@ -11,7 +11,8 @@ Two ways of judging:
   row is called rerouted, the tie is named (layer, position, margin), and the row is compared up to that position only; the states of
   layers up to the tie's stay under judgement. An error that starts anywhere else counts. A check left with less than half of
   its positions is inconclusive, not passed.
-- Rounded types (bfloat16, float16): so many tokens meet a near-tie that rerouting cannot be set aside, and what one moved token does
+- Rounded types (bfloat16, float16, and float32 with the int8 activations of an engine built with `--quantize`): so many tokens meet a
+  near-tie that rerouting cannot be set aside, and what one moved token does
   to the rest depends on the weights; no fixed number is right (those first estimated from rounding alone were broken by the PyTorch
   definition itself in bfloat16). The yardstick is the PyTorch definition run in the same type: the
   engine's median error may be twice the yardstick's on a plain prompt, or on the very tokens of the check where that is more; checks
@@ -23,8 +24,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engines.config import EngineConfig
-from model_defs.quantization import SCHEMES
 from mxcompile.errors import MxcompileError
+from mxcompile.quantized import int8_activations, reference_options
 
 LOGIT_SCALE = 6.0
 """The logits limits hold at this scale (mean over positions of the largest |logit|) and grow in proportion to the reference's."""
@@ -156,15 +157,13 @@ def rounded_thresholds(yardstick: Yardstick) -> Thresholds:
 def thresholds_for(engine: EngineConfig) -> Thresholds | None:
     """The limits that apply to an engine; None for a rounded type, whose limits need a yardstick.
 
-    An engine with int8 experts keeps the limits of its type: the reference computes with the same rounded weights.
+    Quantized weights change no limit: the reference computes with the same rounded weights. Int8 activations make the type a rounded
+    one; the same engine computes in fp32 when its weights are not packed, and is then held against the limits of float32 as well.
 
     Raises MxcompileError when no rule was set for its kind.
     """
-    if engine.quantization is not None and engine.quantization.get("experts") not in SCHEMES:
-        raise MxcompileError(
-            f"no limits are set for engines quantized as {engine.quantization!r}; validate an engine without quantization"
-        )
+    reference_options(engine)  # the quantization must be one that the reference knows
     if engine.dtype not in (*EXACT, *ROUNDED):
         known = ", ".join((*EXACT, *ROUNDED))
         raise MxcompileError(f"no limits are set for engines of dtype {engine.dtype!r}; known: {known}")
-    return EXACT.get(engine.dtype)
+    return None if int8_activations(engine) else EXACT.get(engine.dtype)

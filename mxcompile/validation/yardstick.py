@@ -15,9 +15,9 @@ from mxcompile.validation.thresholds import TOP_K, Yardstick
 
 
 def measure_yardstick(
-    reference: Session, rounded: Session, tokens: NDArray[np.int64], logit_factor: float
+    reference: Session, rounded: Session, tokens: NDArray[np.int64], logit_factor: float, dtype: str
 ) -> Yardstick:
-    """Run both on one prompt. `logit_factor`: the reference's logit scale over LOGIT_SCALE."""
+    """Run both on one prompt. `logit_factor`: the reference's logit scale over LOGIT_SCALE. `dtype`: what `rounded` computes in."""
     exact, other = (observe(session, [tokens], want="taps")[0] for session in (reference, rounded))
     logits_P = metrics.largest_difference(exact.logits_PN, other.logits_PN) / logit_factor
     kl_P = metrics.kl_divergence(exact.logits_PN, other.logits_PN) / logit_factor**2
@@ -36,7 +36,7 @@ def measure_yardstick(
     ]
     first_P = exact.logits_PN.argmax(-1)
     return Yardstick(
-        dtype=str(rounded.config.dtype),
+        dtype=dtype,
         logits=(float(np.median(logits_P)), float(np.percentile(logits_P, 95)), float(logits_P.max())),
         kl=(float(np.median(kl_P)), float(kl_P.max())),
         states=(max(medians_of), max(largest_of)),
@@ -47,7 +47,7 @@ def measure_yardstick(
 
 
 def quantization_effect(reference: Session, original: Session, tokens: NDArray[np.int64]) -> dict[str, float]:
-    """How far the PyTorch definition with quantized weights (`reference`) is from the one with the checkpoint's own, on one prompt."""
+    """How far a session with quantized weights (`reference`) is from the PyTorch definition with the checkpoint's own, on one prompt."""
     with_own, with_quantized = (observe(session, [tokens])[0].logits_PN for session in (original, reference))
     return {
         "relative_logit_error": float(np.median(metrics.relative_norm(with_own, with_quantized))),

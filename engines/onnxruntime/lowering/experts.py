@@ -1,4 +1,4 @@
-"""`com.microsoft::MoE` -> tokens sorted by expert, and plain matrix products per expert; for several tokens at once.
+"""`com.microsoft::MoE` and `QMoE` -> tokens sorted by expert, and plain matrix products per expert; for several tokens at once.
 
 ONNX Runtime's MoE node never packs its weights and runs its activation one value at a time. From eight or so
 tokens on, packed products in the order of the experts take 0.6 to 0.8 of its time
@@ -13,6 +13,8 @@ Rules:
    back by the inverse permutation.
 5. With `first_local_expert`, the weights are those of a range of the experts: assignments to other experts are sorted
    behind all local ones, are left out of the products, and read a row of zeros when all is put back.
+6. Of QMoE, those with one scale per block (`block_size`) are taken: the products are MatMulNBits, whose weights are the same bytes in three
+   dimensions. With one scale per row the node stays.
 
 On an exact tie between two experts' logits this takes the lower index, MoE the higher.
 """
@@ -32,29 +34,37 @@ def part_name(name: str, expert: int) -> str:
 
 
 class GroupExperts(ir.passes.InPlacePass):
-    """Mixture of experts as products per expert (rules above). `parts` maps each stacked weight to its expert count."""
+    """Mixture of experts as products per expert (rules above). `parts` is what `engines.weights.Manifest` has of that name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.parts: dict[str, int] = {}
+        self.parts: dict[str, int | list[int]] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in list(model.graph):
-            if node.op_type == "MoE" and node.domain == CONTRIB:
+            if node.domain == CONTRIB and (
+                node.op_type == "MoE" or (node.op_type == "QMoE" and "block_size" in node.attributes)
+            ):
                 self._group(model.graph, node)
                 modified = True
         return ir.passes.PassResult(model, modified)
 
     def _group(self, graph: ir.Graph, node: ir.Node) -> None:
-        x, router, fc1, bias1, fc2, *more = node.inputs
+        quantized = node.op_type == "QMoE"
+        scales: dict[ir.Value | None, ir.Value | None] = {}
+        if quantized:
+            x, router, fc1, scale1, bias1, fc2, scale2, *more = node.inputs
+            scales = {fc1: scale1, fc2: scale2}
+        else:
+            x, router, fc1, bias1, fc2, *more = node.inputs
         if bias1 is not None or any(value is not None for value in more) or not _is_canonical(node):
             raise ValueError(f"{node.name}: MoE other than normalised interleaved SwiGLU without biases")
         assert fc1 is not None
         assert fc2 is not None
         assert x is not None
-        experts, _, hidden = (fc1.shape or ir.Shape([])).numpy()
-        inner = (fc2.shape or ir.Shape([])).numpy()[2]
+        experts, doubled, _ = (fc1.shape or ir.Shape([])).numpy()
+        hidden, inner = (fc2.shape or ir.Shape([])).numpy()[1], doubled // 2
         tape = ir.tape.Tape()
         op, several = tape.op, tape.op_multi_out
 
@@ -90,9 +100,25 @@ class GroupExperts(ir.passes.InPlacePass):
 
         def by_expert(values: ir.Value, weight: ir.Value) -> ir.Value:
             pieces = several("Split", [values, counts], {"axis": 0}, num_outputs=experts)
-            parts = self._parts(graph, weight)
-            products = [op("Gemm", [piece, part], {"transB": 1}) for piece, part in zip(pieces, parts, strict=True)]
-            return op("Concat", products, {"axis": 0})
+            if not quantized:
+                parts = self._parts(graph, weight)
+                products = [op("Gemm", [piece, part], {"transB": 1}) for piece, part in zip(pieces, parts, strict=True)]
+                return op("Concat", products, {"axis": 0})
+            scale = scales[weight]
+            assert scale is not None
+            rows, blocks = (scale.shape or ir.Shape([])).numpy()[1:]
+            bits, block = (node.attributes[name].as_int() for name in ("expert_weight_bits", "block_size"))
+            product = {"K": blocks * block, "N": rows, "bits": bits, "block_size": block}
+            product |= {"accuracy_level": node.attributes["accuracy_level"].as_int()}
+            parts = self._parts(graph, weight, [rows, blocks, block * bits // 8])
+            return op(
+                "Concat",
+                [
+                    op("MatMulNBits", list(inputs), product, domain=CONTRIB)
+                    for inputs in zip(pieces, parts, self._parts(graph, scale), strict=True)
+                ],
+                {"axis": 0},
+            )
 
         sorted_rows = op("Gather", [rows, op("Div", [order, number(count)])], {"axis": 0})
         pairs = op("Reshape", [by_expert(sorted_rows, fc1), numbers(-1, inner, 2)])
@@ -110,18 +136,19 @@ class GroupExperts(ir.passes.InPlacePass):
         output.type = node.outputs[0].type
         take_over(node.outputs[0], output)
         drop_dead([node])
-        for weight in (fc1, fc2):
-            if not weight.uses():
+        for weight in (fc1, fc2, *scales.values()):
+            if weight is not None and not weight.uses():
                 assert weight.name is not None
                 graph.initializers.pop(weight.name)
 
-    def _parts(self, graph: ir.Graph, weight: ir.Value) -> list[ir.Value]:
-        """One initializer per expert, each a slice of the stacked weight's bytes."""
+    def _parts(self, graph: ir.Graph, weight: ir.Value, wanted: list[int] | None = None) -> list[ir.Value]:
+        """One initializer per expert, each a slice of the stacked weight's bytes, in the shape `wanted` or the weight's own."""
         tensor, name = weight.const_value, weight.name
         if not isinstance(tensor, ir.ExternalTensor) or name is None:
             raise ValueError(f"{name}: expert weights must have their place in a file before they are grouped")
         experts, *shape = tensor.shape.numpy()
-        self.parts[name] = experts
+        self.parts[name] = experts if wanted is None else [experts, *wanted]
+        shape = wanted or shape
         length = (tensor.length or 0) // experts
         values = []
         for expert in range(experts):
@@ -147,6 +174,9 @@ def _is_canonical(node: ir.Node) -> bool:
         "activation_beta": 0.0,
         "normalize_routing_weights": 1,
     }
-    given = {name: attribute.value for name, attribute in node.attributes.items() if name not in ("k", ATTRIBUTE)}
+    stored = ("expert_weight_bits", "block_size", "accuracy_level")
+    given = {
+        name: attribute.value for name, attribute in node.attributes.items() if name not in ("k", ATTRIBUTE, *stored)
+    }
     given = {name: value for name, value in given.items() if (name, value) != ("use_sparse_mixer", 0)}
     return given == wanted
