@@ -14,7 +14,7 @@ from tensorrt_calls import problems, uses
 from plugins.tensorrt_runtime import MODULES
 
 
-@pytest.mark.parametrize("flavour", MODULES)
+@pytest.mark.parametrize("flavour", ["tensorrt-rtx", pytest.param("tensorrt", marks=pytest.mark.machine)])
 def test_tensorrt_has_what_we_call(flavour: str) -> None:
     if importlib.util.find_spec(MODULES[flavour]) is None:
         pytest.skip(f"{MODULES[flavour]} is not installed")
