@@ -1,7 +1,7 @@
-"""What ptxas says about each kernel: registers, shared memory, spills, serialised wgmma.
+"""What ptxas says about each kernel: registers, shared memory, spills, serialised wgmma, ignored setmaxnreg.
 
-Run as a program it stands before nvcc (`python ptxas.py nvcc ... -o x.o`): it runs the command, fails where a kernel spills
-or wgmma is serialised, and leaves what it read in `x.o.ptxas.json`. Standard library only: CMake runs it with any Python.
+Run as a program it stands before nvcc (`python ptxas.py nvcc ... -o x.o`): it runs the command, fails where a kernel spills,
+wgmma is serialised or setmaxnreg ignored, and leaves what it read in `x.o.ptxas.json`. Standard library only: CMake runs it with any Python.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _PROPERTIES = re.compile(r"Function properties for (\S+)")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
-# C7510: "Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
-_SERIALISED = re.compile(r"\bC7510\b|wgmma\.mma_async instructions are serialized")
+# C7508: "Potential Performance Loss: 'setmaxnreg' ignored ..."; C7510: "... wgmma.mma_async instructions are serialized ..."
+_LOSS = re.compile(r"\bC75\d\d\b|Potential Performance Loss|wgmma\.mma_async instructions are serialized")
 
 
 def parse(text: str) -> list[KernelUsage]:
@@ -66,7 +66,7 @@ def faults(text: str) -> list[str]:
         for kernel in parse(text)
         if kernel.spill_bytes
     ]
-    found += [f"wgmma is serialised: {line.strip()}" for line in text.splitlines() if _SERIALISED.search(line)]
+    found += [f"a kernel is slower than written: {line.strip()}" for line in text.splitlines() if _LOSS.search(line)]
     return found
 
 

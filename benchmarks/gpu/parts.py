@@ -19,7 +19,8 @@ from supervise import Progress, supervise
 
 ABOUT = "about"  # the key of what a part measures first: the machine and its ceilings
 CONTEXT_LOST = 86
-STALL_SECONDS = 90.0  # longer than the longest case with a rival's tuning
+STALL_SECONDS = 90.0  # longer than the longest case
+RIVAL_STALL_SECONDS = 180.0  # longer than a rival's tuning
 
 
 def add_options(parser: argparse.ArgumentParser, out: str, rounds: int) -> None:
@@ -39,8 +40,11 @@ def supervise_parts(
     parts: Mapping[str, Sequence[str]],
     options: argparse.Namespace,
     assemble: Callable[[dict[str, dict[str, Any]]], dict[str, Any]],
+    rival: str | None = None,
 ) -> dict[str, Any]:
     """Runs every part's keys; options.out holds `assemble` of all results so far after each part.
+
+    Parts share the time equally, what one leaves going to the next; `rival` is a last part that has what all leave.
 
     A part's result: {"about": row, "rows": {key: row}, "lost": {key: why}, "problem": text, "seconds": number}.
     """
@@ -50,7 +54,8 @@ def supervise_parts(
         progress = Path(folder) / "progress.jsonl"
         for index, (part, keys) in enumerate(parts.items()):
             left = deadline - time.monotonic()
-            share = left / (len(parts) - index) if index + 1 < len(parts) else left
+            sharing = len(parts) - index - (rival in parts)
+            share = left / sharing if sharing > 1 else left
 
             def command_for(done: set[str], part: str = part, keys: Sequence[str] = keys) -> list[str] | None:
                 rest = [key for key in keys if key not in done]
@@ -60,9 +65,9 @@ def supervise_parts(
                 command += ["--keys", json.dumps(rest), "--rounds", str(options.rounds)]
                 return command + (["--library-dir", str(options.library_dir)] if options.library_dir else [])
 
-            ended = supervise(
-                command_for, progress, seconds=max(share, 1.0), stall=min(STALL_SECONDS, max(share, 1.0)), log=log
-            )
+            seconds = max(share, 1.0)
+            stall = min(RIVAL_STALL_SECONDS if part == rival else STALL_SECONDS, seconds)
+            ended = supervise(command_for, progress, seconds=seconds, stall=stall, log=log)
             rows = {key: record["row"] for key, record in ended.records.items() if "row" in record}
             lost = {key: record["outcome"] for key, record in ended.records.items() if "row" not in record}
             why = lost.get(ABOUT) or f"not run: {ended.problem or 'its process ended early'}"

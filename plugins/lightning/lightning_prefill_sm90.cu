@@ -73,6 +73,10 @@ struct HopperRunner {
 }  // namespace
 
 Status runLightningPrefillSm90(const LightningParams& params, const LightningPlan& plan, cudaStream_t stream) noexcept {
+    // A driver function, unlike the runtime's, needs a context that is current in this thread: any of the runtime's
+    // calls on a stream makes it so, and this one is allowed in a capture. What it says does not matter.
+    cudaStreamCaptureStatus capture;
+    if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess) cudaGetLastError();
     Encode encode = nullptr;
     const Status status = findEncode(encode);
     if (status != Status::kOk) return status;

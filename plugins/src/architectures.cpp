@@ -34,7 +34,10 @@ Status checkDevice(const char* op) noexcept {
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    if (error != cudaSuccess) return fail(Status::kCuda, "%s: no usable GPU: %s", op, cudaGetErrorString(error));
+    if (error != cudaSuccess) {
+        cudaGetLastError();  // later calls must not see it
+        return fail(Status::kCuda, "%s: no usable GPU: %s", op, cudaGetErrorString(error));
+    }
     if (!architectureRuns(builtArchitectures(), 10 * major + minor)) {
         return fail(Status::kArchitecture,
                     "%s: this library was built for %s; the GPU has compute capability %d.%d; build it again with that "

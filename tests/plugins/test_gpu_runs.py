@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
 
+import lightning_bench  # noqa: E402
 import parts  # noqa: E402
 import run  # noqa: E402
 import supervise  # noqa: E402
@@ -74,6 +75,40 @@ def test_a_benchmark_keeps_what_the_others_measured(tmp_path: Path, broken: bool
     assert set(part["rows"]) == {"first", "last"}
     assert part["rows"]["last"]["gpu"] == "made up"
     assert part["lost"] == {"crash": "crashed: exit code 11", "raise": "failed: ValueError: refused"}
+
+
+def test_a_rival_takes_no_time_from_our_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It compiles for long before its first number: ours share the time as if it were not there."""
+    given: dict[str, tuple[float, float]] = {}
+
+    def made_up(command_for, progress, *, seconds: float, stall: float, log) -> supervise.Supervised:
+        given[command_for(set())[3]] = (seconds, stall)
+        return supervise.Supervised({}, "", 0.0)
+
+    monkeypatch.setattr(parts, "supervise", made_up)
+    parser = argparse.ArgumentParser()
+    parts.add_options(parser, "x.json", 1)
+    options = parser.parse_args(["--out", str(tmp_path / "out.json"), "--seconds", "230"])
+    keys = {part: lightning_bench.keys_of(part) for part in lightning_bench.PARTS}
+    parts.supervise_parts(tmp_path / "x", keys, options, lightning_bench.assemble, lightning_bench.RIVAL)
+    assert list(given) == ["portable", "sm90", "apart", "fla"]
+    assert given["portable"] == (pytest.approx(230 / 3, abs=1), pytest.approx(230 / 3, abs=1))
+    assert given["apart"][1] == parts.STALL_SECONDS
+    assert given["fla"] == (pytest.approx(230, abs=1), parts.RIVAL_STALL_SECONDS)
+
+
+def test_a_rivals_time_is_compared_with_all_kernels() -> None:
+    def part(**us: float) -> dict:
+        return {
+            "rows": {"k": {"case": "prefill (1, 8192) 64 heads", "contestants": {n: {"us": t} for n, t in us.items()}}}
+        }
+
+    found = lightning_bench.assemble({"sm90": part(sm90=100.0), "fla": part(portable=200.0, fla=300.0)})
+    entries = [row["contestants"] for p in found["parts"].values() for row in p["rows"].values()]
+    assert entries[0]["sm90"]["speedup_over_fla"] == 3.0
+    assert entries[1]["portable"]["speedup_over_fla"] == 1.5
+    assert "speedup_over_fla" not in entries[1]["fla"]
+    assert found["goals"]["prefill (1, 8192) 64 heads, times FLA"]["reached"] == 3.0
 
 
 def test_a_child_that_never_comes_to_a_key_is_given_up(tmp_path: Path) -> None:

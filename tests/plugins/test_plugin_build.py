@@ -29,6 +29,7 @@ ptxas info    : Function properties for _Z6secondPf
 ptxas info    : Used 168 registers, used 0 barriers, 880 bytes cumulative stack size, 364 bytes cmem[0]
 """
 SERIALISED = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to function call"
+IGNORED = "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum register requirements."
 
 SPILLING_KERNEL = """\
 __global__ void __launch_bounds__(1024, 2) spilling(float* p, int n) {
@@ -52,12 +53,13 @@ def test_ptxas_output_is_read_kernel_by_kernel() -> None:
     assert second == ptxas.KernelUsage("_Z6secondPf", "90a", 168, 0, 880, 2360)
 
 
-def test_spills_and_serialised_wgmma_are_faults() -> None:
-    faults = ptxas.faults(PTXAS_OUTPUT + SERIALISED)
-    assert len(faults) == 2
+def test_spills_serialised_wgmma_and_ignored_setmaxnreg_are_faults() -> None:
+    faults = ptxas.faults(f"{PTXAS_OUTPUT}{SERIALISED}\n{IGNORED}\n")
+    assert len(faults) == 3
     assert "_Z6secondPf" in faults[0]
     assert "2360 bytes" in faults[0]
-    assert "serialised" in faults[1]
+    assert "serialized" in faults[1]
+    assert "setmaxnreg" in faults[2]
     assert ptxas.faults("".join(PTXAS_OUTPUT.splitlines(keepends=True)[:6])) == []
 
 
@@ -188,6 +190,15 @@ def test_no_kernel_spills_and_all_are_reported(plugin_build: BuildResult) -> Non
     assert all(kernel.spill_bytes == 0 and 0 < kernel.registers <= 255 for kernel in plugin_build.usage)
     assert any("ightning" in kernel.name or "Prefill" in kernel.name for kernel in plugin_build.usage)
     assert any("oe" in kernel.name.lower() for kernel in plugin_build.usage)
+
+
+def test_warpgroups_can_trade_their_registers(plugin_build: BuildResult) -> None:
+    """setmaxnreg hands out what the CTA began with: 65,536 registers over its threads. With fewer it would wait for ever."""
+    for kernel in plugin_build.usage:
+        if kernel.architecture != "90a" or not ("PrefillSm90" in kernel.name or "multiplyFc" in kernel.name):
+            continue  # code for other architectures has no warpgroups
+        threads = 512 if "BFloat16ELi1E" in kernel.name or "HalfELi1E" in kernel.name else 384
+        assert kernel.registers == 65536 // threads // 8 * 8, kernel.name
 
 
 def test_manifest_is_plain_data(plugin_build: BuildResult) -> None:

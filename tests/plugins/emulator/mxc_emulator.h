@@ -121,6 +121,14 @@ class Block {
     int rank() const { return current / rank_threads; }
     char* rankMemory(int rank) const { return shared + static_cast<size_t>(rank) * shared_stride; }
     char* memory() const { return rankMemory(rank()); }
+    // A CTA's shared memory is gone when its last thread has ended.
+    char* remoteMemory(int rank) {
+        bool ended = true;
+        for (int thread = rank * rank_threads; thread < (rank + 1) * rank_threads; ++thread)
+            ended = ended && fibers[thread].state == Fiber::kDone;
+        if (ended) abandon("access to the shared memory of a CTA that has ended");
+        return rankMemory(rank);
+    }
 
     // Ordinary writes to shared memory, and their fence.
     void wrote(const char* to, size_t bytes) {

@@ -42,7 +42,7 @@ inline void startBox(uint32_t to, const TensorMap& map, uint32_t barrier, unsign
     if (to % 1024 != 0) block.abandon("a swizzled box starts at a multiple of 1024 bytes");
     for (int rank = 0; rank < block.ranks; ++rank) {
         if ((ranks >> rank & 1u) == 0) continue;
-        auto* counted = reinterpret_cast<Mbarrier*>(block.rankMemory(rank) + barrier);
+        auto* counted = reinterpret_cast<Mbarrier*>(block.remoteMemory(rank) + barrier);
         char* shared = block.rankMemory(rank) + to;
         const TensorMap copied = map;
         const int c0 = at[0], c1 = at[1], c2 = at[2], c3 = at[3];
@@ -107,7 +107,7 @@ inline void storeBoxWaitRead() {
 inline void barrierExpect(uint32_t barrier, uint32_t bytes) { mbarrier(barrier).bytes += static_cast<int32_t>(bytes); }
 inline void barrierArriveAt(uint32_t barrier, int rank) {
     if (rank < 0 || rank >= emu::block.ranks) emu::block.abandon("no such CTA in the cluster");
-    barrierArrive(*reinterpret_cast<emu::Mbarrier*>(emu::block.rankMemory(rank) + barrier));
+    barrierArrive(*reinterpret_cast<emu::Mbarrier*>(emu::block.remoteMemory(rank) + barrier));
 }
 inline void syncCluster() { emu::block.barrier(emu::Block::kClusterBarrier, 0, true); }
 
