@@ -4,19 +4,22 @@ A session holds weights and code and is shared; a state holds what one batch of 
 batch has fixed rows (slots); each row has its own length, so rows may be ragged, idle or refilled.
 
 Shape suffixes: B batch rows, T new tokens, P positions with logits, N vocabulary, G kv heads, H heads,
-K and V head dims, L layers.
+K and V head dims, L layers, n places of images, D hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from engines.config import EngineConfig
 from engines.errors import EngineError
+
+if TYPE_CHECKING:
+    from engines.vision.pixels import PreparedImage
 
 Positions = Literal["last", "all"] | np.ndarray
 
@@ -108,6 +111,20 @@ class State(Protocol):
 
 
 @runtime_checkable
+class ImageState(State, Protocol):
+    """A state of a session whose model takes images."""
+
+    def place_images(self, row: int, positions_n: np.ndarray, features_nD: np.ndarray) -> None:
+        """Let rows of features take the places of tokens that `row` gets later.
+
+        `positions_n`: ascending positions in the row's whole sequence, none before its length; `features_nD`: float32, as
+        `ImageSession.image_features` gives them. It does not matter in what pieces the tokens then come; their ids are ignored.
+        Replaces what waited for the row; `write_row` and `clear_row` forget it.
+        """
+        ...
+
+
+@runtime_checkable
 class Session(Protocol):
     """A loaded engine. Calls on one session must not overlap in time; states may be many."""
 
@@ -153,4 +170,13 @@ class Session(Protocol):
         [B, P] indices into the T new tokens. Runs as one piece, without chunks. Raises EngineError naming the
         numbers when a row would pass `max_seq_len`, an id lies outside the vocabulary or shapes do not fit.
         """
+        ...
+
+
+@runtime_checkable
+class ImageSession(Session, Protocol):
+    """A session whose model may take images; `config.vision` says whether it does. Its states are `ImageState`."""
+
+    def image_features(self, images: Sequence[PreparedImage]) -> np.ndarray:
+        """What the images put into a prompt, one after the other, float32 [tokens, D]."""
         ...

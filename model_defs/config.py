@@ -130,6 +130,11 @@ class ModelConfig:
             "lm_head": self.vocab_size * d,
         }
 
+    def all_parameter_counts(self) -> dict[str, int]:
+        """Those of the vision half too, where there is one."""
+        vision = {} if self.vision is None else self.vision.parameter_counts(self.hidden_size)
+        return self.parameter_counts() | vision
+
     def state_elements_per_sequence(self) -> int:
         """Recurrent state elements (fp32) of one sequence over all lightning layers; independent of its length."""
         return len(self.lightning_layers) * self.num_attention_heads * self.head_dim**2

@@ -167,7 +167,8 @@ def build(
     clock = StageClock(shown)
     with EngineDirWriter(output, force=force) as writer:
         with clock.stage("read"):
-            opened, config = open_checkpoint(Path(checkpoint), layers)
+            alone = tp_size == 1 and cp_size == 1  # ranks share the text model only
+            opened, config = open_checkpoint(Path(checkpoint), layers, vision=alone)
             check_limits(config, max_batch_size, max_seq_len, prefill_chunk)
             plan = _sharding_plan(config, tp_size, moe_tp_size, moe_ep_size, cp_size)
             several = len(plan.mapping.ranks) > 1
@@ -211,6 +212,11 @@ def build(
             if cp_size > 1:
                 with StageByName(clock) as report:
                     engine = _build_segments(engine, model, plan, writer, report)
+        if config.vision is not None:
+            from mxcompile.vision_building import add_vision
+
+            engine, vision_referenced = add_vision(engine, config, opened, writer, clock)
+            referenced += vision_referenced
         with clock.stage("build"):
             for file in opened.tokenizer_files:
                 writer.add(file.name, file)
@@ -228,7 +234,7 @@ def build(
         target=target,
         dtype=dtype,
         layers=config.num_layers,
-        parameters=sum(config.parameter_counts().values()),
+        parameters=sum(config.all_parameter_counts().values()),
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
         sizes=engine_sizes(engine),
@@ -248,6 +254,10 @@ def run_once(engine_dir: Path, threads: int | None) -> None:
     state = session.new_state(1)
     session.prefill([[0]], state)
     logits_BN = session.decode([session.vocab_size - 1], state)
+    if session.config.vision is not None:
+        from mxcompile.vision_building import run_vision_once
+
+        run_vision_once(session)
     if not np.isfinite(logits_BN).all():
         raise EngineError(
             "the built engine computes logits that are not finite; verify the checkpoint (mxcompile checkpoint verify)"

@@ -131,7 +131,7 @@ def graph(config: ModelConfig, dtype: str) -> ir.Model:
     """The canonical graph of `config`, without weights."""
     from export.trace import trace_model
 
-    with _quiet():
+    with quiet():
         return trace_model(config, dtype)
 
 
@@ -161,7 +161,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep from the user what the tracer says about packages that it does not find and its own deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -15,6 +15,7 @@ from engines.config import EngineConfig
 from engines.generation import Generation, GenerationConfig, GenerationResult, TokenEvent
 from engines.interface import Session, State, StepResult
 from mxcompile.errors import MxcompileError
+from mxcompile.image_prompts import ImageSource, with_images
 from mxcompile.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -93,9 +94,13 @@ class LoadedEngine:
         """Generate for one text, or for a list of texts or token lists.
 
         `settings` are those of `GenerationConfig`; stop_token_ids defaults to the model's end of sequence.
-        `prefill_chunk` overrides the engine's. Raises GenerationError for what cannot be honoured.
+        `prefill_chunk` overrides the engine's. `images` are those that one text is about (paths, bytes or PIL images), in the
+        order of its `<image>` marks, or a list of them for each prompt. Raises GenerationError for what cannot be honoured,
+        EngineError for an image that cannot be read.
         """
         one = isinstance(prompts, str)
+        if one and settings.get("images") is not None:
+            settings["images"] = [settings["images"]]
         generation = self.start([prompts] if isinstance(prompts, str) else prompts, **settings)
         for event in generation:
             if on_token is not None:
@@ -109,17 +114,21 @@ class LoadedEngine:
         *,
         state: State | None = None,
         prefill_chunk: int | None = None,
+        images: Sequence[Sequence[ImageSource]] | None = None,
         **settings: Any,
     ) -> Generation:
         """As `generate`, as an iterator over tokens; leaving it early stops the work."""
         settings.setdefault("stop_token_ids", self.eos_token_ids)
+        ids = [self.tokens(prompt) for prompt in prompts]
+        ids, prepared = with_images(self.config, prompts, ids, images)
         return Generation(
             self.session,
-            [self.tokens(prompt) for prompt in prompts],
+            ids,
             GenerationConfig.from_dict(settings),
             detokenizer=self.tokenizer.detokenizer if self.tokenizer is not None else None,
             state=state,
             prefill_chunk=prefill_chunk,
+            images=prepared,
         )
 
     def tokens(self, prompt: Prompt) -> list[int]:

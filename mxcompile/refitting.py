@@ -106,6 +106,8 @@ def refit(engine: str | Path, checkpoint: str | Path, *, progress: Progress | No
 
 
 def _check_weights_outside(folder: Path, config: EngineConfig) -> None:
+    if config.vision is not None:
+        raise MxcompileError(f"{folder}: this engine has a vision half and cannot be refitted; build it anew with --force")
     if any(files.weights is None for files in config.ranks):
         raise MxcompileError(
             f"{folder}: this engine holds its weights inside the plan and cannot be refitted; build it with --strip-weights, then "
@@ -145,6 +147,10 @@ def _quantization(config: EngineConfig, errors: list[QuantizationError]) -> dict
     total = errors[0]
     for error in errors[1:]:
         total = total + error
+    if "weights" in config.quantization:
+        from export.quantize_blocks import described
+
+        return described(config.quantization["weights"], total)
     return total.described()
 
 
@@ -253,12 +259,20 @@ class _Rank:
 
         from engines.tensorrt.lowering.signed_experts import signed
         from export.quantize import QuantizationError, quantized
+        from export.quantize_blocks import quantized_blocks
         from export.weights import ExpertTensor
+        from model_defs.quantization import block_scheme
 
-        whole = ir.Value(name=record.name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(record.shape))
-        experts = self._bound(whole)
-        assert isinstance(experts, ExpertTensor)
+        # The shape as it is in the model: stored, two 4-bit numbers share a byte, and a rank has a part of it.
+        by_blocks = (self._config.quantization or {}).get("weights")
+        shape = self._plan.shapes[record.name] if by_blocks else tuple(record.shape)
+        experts = self._bound(ir.Value(name=record.name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape)))
         self._errors.append(QuantizationError())
+        if by_blocks:
+            scheme = block_scheme(record.name, by_blocks)
+            assert scheme is not None
+            return quantized_blocks(experts, scheme, self._errors[-1])
+        assert isinstance(experts, ExpertTensor)
         weights, scales = quantized(experts, self._errors[-1])
         return (signed(weights) if record.dtype == "int8" else weights), scales
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,8 @@ from engines.generation.settings import GenerationConfig, GenerationError
 from engines.generation.stopping import StopStrings
 
 if TYPE_CHECKING:
-    from engines.interface import Session
+    from engines.interface import ImageSession, ImageState, Session
+    from engines.vision.pixels import PreparedImage
 
 
 class Detokenizer(Protocol):
@@ -47,8 +48,12 @@ class Generation:
         detokenizer: Callable[[], Detokenizer] | None = None,
         state: Any = None,
         prefill_chunk: int | None = None,
+        images: Sequence[Sequence[PreparedImage]] | None = None,
     ) -> None:
-        """Check the request. Raises GenerationError, before any work, with the row and the numbers at fault."""
+        """Check the request. Raises GenerationError, before any work, with the row and the numbers at fault.
+
+        `images`: those of each prompt, whose places are the prompt's image tokens (`engines.vision.prompts.expand`).
+        """
         self._session = session
         self._prompts = [[int(token) for token in prompt] for prompt in prompts]
         configs = _configs(config, len(self._prompts))
@@ -64,6 +69,7 @@ class Generation:
             check_prompt(row, prompt, int(past_B[row]), session.max_seq_len, vocab_size)
             if configs[row].stop_strings and detokenizer is None:
                 raise GenerationError("stop strings need a tokenizer; use stop token ids with this engine")
+        self._images = _image_places(session, self._prompts, images, past_B)
         self._state = session.new_state(len(self._prompts)) if state is None else state
         self._rows = [
             Row(row, prompt, configs[row], vocab_size, detokenizer() if detokenizer else None)
@@ -87,6 +93,9 @@ class Generation:
     def _run(self) -> Iterator[TokenEvent]:
         start = time.perf_counter()
         self._first_token_s = 0.0
+        for row, (places_n, shown) in self._images.items():
+            features_nD = cast("ImageSession", self._session).image_features(shown)
+            cast("ImageState", self._state).place_images(row, places_n, features_nD)
         logits_BN = self._session.prefill(self._prompts, self._state, chunk=self._prefill_chunk)
         while True:
             active = [row for row in self._rows if row.finish_reason is None]
@@ -212,6 +221,31 @@ def _configs(config: GenerationConfig | Sequence[GenerationConfig] | None, count
     if len(config) != count:
         raise GenerationError(f"{len(config)} generation settings were given for {count} prompts")
     return list(config)
+
+
+def _image_places(
+    session: Session,
+    prompts: list[list[int]],
+    images: Sequence[Sequence[PreparedImage]] | None,
+    past_B: NDArray[np.int64],
+) -> dict[int, tuple[NDArray[np.int64], Sequence[PreparedImage]]]:
+    """By row: the positions that its images take in the whole sequence, and the images."""
+    if images is None or not any(images):
+        return {}
+    vision = session.config.vision
+    if vision is None:
+        raise GenerationError("this engine has no vision half and takes no images")
+    if len(images) != len(prompts):
+        raise GenerationError(f"images were given for {len(images)} prompts, but there are {len(prompts)}")
+    found = {}
+    for row, (prompt, shown) in enumerate(zip(prompts, images, strict=True)):
+        places_n = np.flatnonzero(np.asarray(prompt) == vision.image_token_id)
+        wanted = sum(image.tokens for image in shown)
+        if len(places_n) != wanted and shown:
+            raise GenerationError(f"prompt {row} has {len(places_n)} image tokens, but its images take {wanted}")
+        if shown:
+            found[row] = places_n + int(past_B[row]), shown
+    return found
 
 
 def _check_batch(session: Session, count: int) -> None:

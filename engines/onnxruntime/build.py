@@ -66,7 +66,7 @@ def build(
     graph_name, weights_name = f"rank{request.rank}.onnx", f"rank{request.rank}.weights.json"
     data_name = f"rank{request.rank}.weights.bin"
     manifest = place_weights(
-        model, writer, data_name, request.checkpoint, report, dtype_of=_dtype, own_copy=_may_be_folded
+        model, writer, data_name, request.checkpoint, report, dtype_of=weight_dtype, own_copy=_may_be_folded
     )
     missing = [tap for tap in request.taps if tap not in {out.name for node in model.graph for out in node.outputs}]
     if missing:
@@ -98,7 +98,8 @@ def build(
     )
 
 
-def _dtype(name: str, tensor: Any) -> str:
+def weight_dtype(name: str, tensor: Any) -> str:
+    """numpy's name of a weight's type. Raises EngineError for one that the CPU kernels do not take."""
     dtype = tensor.dtype.numpy().name
     if dtype not in DTYPES:
         raise EngineError(f"weight {name} is {dtype}, which ONNX Runtime's CPU kernels do not take; build with float32")

@@ -8,7 +8,7 @@ Shape suffixes: B batch rows, T new tokens, P positions with logits, N vocabular
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,8 +22,10 @@ from engines.errors import ENVIRONMENT, EngineError
 from engines.interface import State, StepResult
 from engines.onnxruntime.devices import CPU, check_started, providers
 from engines.onnxruntime.state import OrtState
+from engines.onnxruntime.vision import OrtTower, image_width
 from engines.plan import Run
 from engines.ragged import RaggedSession
+from engines.vision.pixels import PreparedImage
 from engines.weights import map_weights
 
 MINIMUM_ORT = (1, 31)
@@ -67,7 +69,21 @@ def load(
     moved = Path(checkpoint) if checkpoint is not None else None
     weights = map_weights(folder, config, files.weights, moved, whole=verify == "full")
     prefill_graph = folder / files.prefill_graph if files.prefill_graph is not None else None
-    return OrtSession(config, folder / files.graph, prefill_graph, weights, threads=threads, prepack=prepack)
+    vision = config.vision
+
+    def vision_weights() -> dict[str, np.ndarray]:
+        assert vision is not None
+        return map_weights(folder, config, vision.weights, moved, whole=verify == "full")
+
+    return OrtSession(
+        config,
+        folder / files.graph,
+        prefill_graph,
+        weights,
+        threads=threads,
+        prepack=prepack,
+        vision_weights=vision_weights if vision is not None else None,
+    )
 
 
 class OrtSession(RaggedSession):
@@ -82,6 +98,7 @@ class OrtSession(RaggedSession):
         *,
         threads: int | None = None,
         prepack: bool = True,
+        vision_weights: Callable[[], dict[str, np.ndarray]] | None = None,
     ) -> None:
         self._config = config
         self._graph = graph
@@ -94,6 +111,9 @@ class OrtSession(RaggedSession):
         self._session = self._open(str(graph), prepack)
         self._prefill_session = self._session if prefill_graph is None else self._open(str(prefill_graph), prepack)
         self._tap_session: ort.InferenceSession | None = None
+        self._image_width = image_width(config)
+        self._vision_weights = vision_weights
+        self._tower: OrtTower | None = None
 
     def new_state(self, batch_size: int) -> OrtState:
         return OrtState(self._config, checks.batch_within(batch_size, self.max_batch_size))
@@ -105,6 +125,8 @@ class OrtSession(RaggedSession):
         longest = int(state.lengths.max()) + 1
         if longest > self.max_seq_len:
             self._check_lengths(state, np.ones(state.batch_size, np.int64))
+        if state.images:
+            return self.forward(tokens_B[:, None], np.ones(state.batch_size, np.int64), state).logits[:, 0]
         state.reserve(longest)
         step = self._single_step(state, (0, state.batch_size))
         step.ids_RT[:, 0] = tokens_B
@@ -114,6 +136,20 @@ class OrtSession(RaggedSession):
     @property
     def _int8_activations(self) -> bool:
         return "activations" in (self._config.quantization or {})
+
+    def image_features(self, images: Sequence[PreparedImage]) -> np.ndarray:
+        """What the images put into a prompt, one after the other, float32 [tokens, D]; `State.place_images` takes it.
+
+        The vision graph is opened on the first call. Raises EngineError when the engine has none.
+        """
+        vision = self._config.vision
+        if vision is None or self._vision_weights is None or self._image_width is None:
+            raise EngineError("this engine has no vision half and takes no images")
+        if self._tower is None:
+            device = str(self._config.options.get("device", CPU))
+            folder, weights = self._graph.parent, self._vision_weights()
+            self._tower = OrtTower(folder, vision, weights, self._image_width, threads=self._threads, device=device)
+        return self._tower.features(images)
 
     def _own(self, state: State) -> OrtState:
         checks.own(isinstance(state, OrtState) and state.config is self._config)
@@ -132,7 +168,7 @@ class OrtSession(RaggedSession):
         rows = (run.first, run.end)
         new_R, past_R = new_B[slice(*rows)], state.lengths[slice(*rows)].copy()
         state.reserve(int(past_R.max()) + run.tokens)
-        if run.tokens == 1 and wanted_RP.shape[1] == 1 and not taps:
+        if run.tokens == 1 and wanted_RP.shape[1] == 1 and not taps and not state.images:
             step = self._single_step(state, rows)
             step.ids_RT[:, 0] = ids_BT[slice(*rows), 0]
             step.new_R[:] = new_R
@@ -144,6 +180,9 @@ class OrtSession(RaggedSession):
             "past_lengths": past_R,
             "logit_positions": np.ascontiguousarray(wanted_RP),
         }
+        if self._image_width is not None:
+            features_MD, places_RT = state.images.feeds(run.first, past_R, run.tokens)
+            feeds |= {"image_features": features_MD, "image_positions": places_RT}
         session, names = (self._with_taps(), self._config.taps) if taps else (self._fastest(*ids_RT.shape), [])
         binding = self._bind(session, feeds, state, rows)
         logits_RPN = np.empty((*wanted_RP.shape, self.vocab_size), np.float32)
@@ -239,6 +278,9 @@ class _SingleStep:
             "past_lengths": self.past_R,
             "logit_positions": self._positions_RP,
         }
+        if owner._image_width is not None:
+            feeds["image_features"] = np.zeros((1, owner._image_width), np.float32)
+            feeds["image_positions"] = np.full((count, 1), -1, np.int64)
         self.session = owner._fastest(count, 1)
         self.binding = owner._bind(self.session, feeds, state, rows)
         self.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits_RPN))

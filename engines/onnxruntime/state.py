@@ -17,6 +17,8 @@ from engines import checks
 from engines.config import EngineConfig, StateTensor
 from engines.errors import EngineError
 from engines.interface import RowSnapshot, check_start
+from engines.onnxruntime.vision import image_width
+from engines.vision.placed import PlacedImages
 
 FIRST_CAPACITY = 256
 Rows = tuple[int, int]
@@ -33,6 +35,7 @@ class OrtState:
         self._values: dict[Rows, dict[str, ort.OrtValue]] = {}
         # Prepared single-token steps by rows, kept by the session; dropped when a buffer moves.
         self.steps: dict[Rows, object] = {}
+        self.images = PlacedImages(image_width(config))
 
     def _allocate(self, spec: StateTensor) -> np.ndarray:
         known = {"batch": self.batch_size, "capacity": self._capacity}
@@ -63,7 +66,7 @@ class OrtState:
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        return sum(buffer.nbytes for buffer in self._buffers.values()) + self.images.nbytes
 
     def buffer_address(self, layer: int, role: str = "recurrent_state") -> int:
         """Address of a state's first byte, to prove that steps work in place."""
@@ -100,6 +103,13 @@ class OrtState:
     def advance(self, rows: Rows, new_lengths: np.ndarray) -> None:
         """Record that `new_lengths` tokens were added to `rows`."""
         self._lengths[rows[0] : rows[1]] += new_lengths
+        if self.images:
+            self.images.passed(self._lengths)
+
+    def place_images(self, row: int, positions_n: np.ndarray, features_nD: np.ndarray) -> None:
+        """See `engines.interface.ImageState`."""
+        row = self._row(row)
+        self.images.put(row, positions_n, features_nD, int(self._lengths[row]))
 
     def recurrent(self, layer: int) -> np.ndarray:
         return self._buffer(layer, "recurrent_state").copy()
@@ -124,6 +134,7 @@ class OrtState:
         row = self._row(row)
         parts = checks.fitting(snapshot, self.config)
         self.reserve(snapshot.length)
+        self.images.drop(row)
         for spec in self.config.states:
             target = self._buffers[spec.past][row]
             (target if spec.kind == "lightning" else target[:, : snapshot.length])[...] = parts[spec.role][spec.layer]
@@ -135,6 +146,7 @@ class OrtState:
             if spec.kind == "lightning":  # what a cache holds beyond a row's length is never read
                 self._buffers[spec.past][row] = 0
         self._lengths[row] = 0
+        self.images.drop(row)
 
     def _row(self, row: int) -> int:
         return checks.existing(row, self.batch_size)

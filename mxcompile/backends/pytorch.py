@@ -20,15 +20,18 @@ from engines.config import Checkpoint as CheckpointReference
 from engines.config import EngineConfig, Limits, Port, StateTensor
 from engines.errors import EngineError
 from engines.interface import Positions, RowSnapshot, StepResult, check_start
-from export.contract import LOGITS, TOKEN_INPUTS, hidden_tap, router_tap, state_specs
+from engines.vision.placed import PlacedImages
+from export.contract import IMAGE_FEATURES, LOGITS, TOKEN_INPUTS, hidden_tap, image_inputs, router_tap, state_specs
 from model_defs import ops
 from model_defs.quantization import SCHEMES, WHOLE, block_scheme, rounded_blocks, rounded_rows
 from model_defs.text_model import TextModel
 from model_defs.weights import Direct, weight_recipes
 
 if TYPE_CHECKING:
+    from engines.vision.pixels import PreparedImage
     from model_defs.checkpoint.reader import Checkpoint
     from model_defs.config import ModelConfig
+    from mxcompile.backends.vision import PyTorchVision
 
 TARGET = "pytorch"
 DTYPES = {
@@ -56,16 +59,19 @@ class PyTorchSession:
         max_seq_len: int | None = None,
         prefill_chunk: int = 512,
         checkpoint: CheckpointReference | None = None,
+        vision: PyTorchVision | None = None,
     ) -> None:
         """Args:
         model: with its weights; its dtype is the session's.
         threads: CPU threads of torch while this session computes; default: torch's own setting.
         max_seq_len: default: the model's max_position_embeddings.
+        vision: the vision half, of a model whose configuration has one.
         """
         self.model = model.eval()
         self._threads = threads
         limit = model.config.max_position_embeddings if max_seq_len is None else max_seq_len
-        self._config = _describe(model, Limits(max_batch_size, limit, prefill_chunk), checkpoint)
+        self._vision = vision
+        self._config = _describe(model, Limits(max_batch_size, limit, prefill_chunk), checkpoint, vision)
 
     @classmethod
     def load(
@@ -76,6 +82,7 @@ class PyTorchSession:
         quantize_experts: str | None = None,
         quantize: str | None = None,
         int8_activations: bool = False,
+        vision: bool = False,
         **options: Any,
     ) -> PyTorchSession:
         """Load a checkpoint folder (or an opened checkpoint).
@@ -86,6 +93,7 @@ class PyTorchSession:
             quantize_experts: "int8" rounds the experts' weights as an engine with int8 experts does.
             quantize: "int8" or "int4" rounds all large matrices as an engine built so does.
             int8_activations: round what goes into products with those as well, as such an engine does.
+            vision: with the vision half, if the checkpoint has one (float32 and float64 only).
             options: of the constructor.
 
         Raises CheckpointError or ConfigError for a bad checkpoint, EngineError for an unknown dtype.
@@ -96,7 +104,7 @@ class PyTorchSession:
         if dtype not in DTYPES:
             raise EngineError(f"the PyTorch definition runs in {', '.join(DTYPES)}, not in {dtype!r}")
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-        config = opened.config.text_only()
+        config = opened.config if vision else opened.config.text_only()
         config = config if layers is None else config.truncated(layers)
         require_complete(opened, config)
         reference = CheckpointReference(str(opened.folder), opened.fingerprint())
@@ -105,7 +113,12 @@ class PyTorchSession:
             from mxcompile.backends.rounded_activations import round_activations
 
             round_activations(model, quantize)
-        return cls(model, checkpoint=reference, **options)
+        half = None
+        if config.vision is not None:
+            from mxcompile.backends.vision import PyTorchVision
+
+            half = PyTorchVision.load(opened, dtype)
+        return cls(model, checkpoint=reference, vision=half, **options)
 
     @property
     def config(self) -> EngineConfig:
@@ -129,6 +142,13 @@ class PyTorchSession:
                 f"batch size {batch_size} is not within 1 and the session's max_batch_size {self.max_batch_size}"
             )
         return PyTorchState(self.model, batch_size, self.max_seq_len)
+
+    def image_features(self, images: Sequence[PreparedImage]) -> np.ndarray:
+        """See `engines.interface.ImageSession`."""
+        if self._vision is None:
+            raise EngineError("this model was loaded without a vision half and takes no images")
+        with self._limited_threads():
+            return self._vision.features(images)
 
     def prefill(self, prompts: Sequence[Sequence[int]], state: Any, chunk: int | None = None) -> np.ndarray:
         chunk = self._config.limits.prefill_chunk if chunk is None else chunk
@@ -178,6 +198,10 @@ class PyTorchSession:
         meant_BP = (positions_BP >= 0) & (positions_BP < new_B[:, None])
         past_B = state.lengths.copy()
         state.reserve(int(past_B.max()) + tokens)
+        images: tuple[torch.Tensor, ...] = ()
+        if self.model.config.vision is not None:
+            features_MD, places_BT = state.images.feeds(0, past_B, tokens)
+            images = torch.from_numpy(features_MD).to(self.model.dtype), torch.from_numpy(places_BT)
         # Not inference_mode: its tensors could not be written to by `write_row` and `clear_row`.
         with torch.no_grad(), self._limited_threads():
             logits_BPN, state.tensors, tapped = self.model(
@@ -186,6 +210,7 @@ class PyTorchSession:
                 torch.from_numpy(past_B),
                 torch.from_numpy(np.where(meant_BP, positions_BP, 0)),
                 state.tensors,
+                *images,
             )
         state.advance(new_B)
         out: dict[str, np.ndarray] = {}
@@ -259,6 +284,7 @@ class PyTorchState:
         self._lengths = np.zeros(batch_size, np.int64)
         self._capacity = FIRST_CAPACITY
         self.tensors = model.new_states(batch_size, self._capacity)
+        self.images = PlacedImages(None if model.config.vision is None else model.config.hidden_size)
 
     @property
     def batch_size(self) -> int:
@@ -293,6 +319,12 @@ class PyTorchState:
     def advance(self, new_lengths_B: np.ndarray) -> None:
         """Record that so many tokens were added to each row."""
         self._lengths += new_lengths_B
+        self.images.passed(self._lengths)
+
+    def place_images(self, row: int, positions_n: np.ndarray, features_nD: np.ndarray) -> None:
+        """See `engines.interface.ImageState`."""
+        row = self._row(row)
+        self.images.put(row, positions_n, features_nD, int(self._lengths[row]))
 
     def recurrent(self, layer: int) -> np.ndarray:
         return _numpy(self._tensor(layer, "recurrent_state"))
@@ -331,6 +363,7 @@ class PyTorchState:
                     f"the snapshot's {spec.kind} of layer {spec.layer} is {found}, this session needs {wanted}"
                 )
         self.reserve(snapshot.length)
+        self.images.drop(row)
         for spec, tensor in zip(self._specs, self.tensors, strict=True):
             target = tensor[row] if spec.kind == "recurrent_state" else tensor[row, :, : snapshot.length]
             target.copy_(torch.from_numpy(np.array(parts[spec.kind][spec.layer])))
@@ -342,6 +375,7 @@ class PyTorchState:
             if spec.kind == "recurrent_state":
                 tensor[row] = 0
         self._lengths[row] = 0
+        self.images.drop(row)
 
     def _row(self, row: int) -> int:
         if not 0 <= row < self.batch_size:
@@ -395,7 +429,9 @@ def load_model(
     return model
 
 
-def _describe(model: TextModel, limits: Limits, checkpoint: CheckpointReference | None) -> EngineConfig:
+def _describe(
+    model: TextModel, limits: Limits, checkpoint: CheckpointReference | None, vision: PyTorchVision | None
+) -> EngineConfig:
     from mxcompile import __version__
 
     dtype = str(model.dtype).removeprefix("torch.")
@@ -408,7 +444,10 @@ def _describe(model: TextModel, limits: Limits, checkpoint: CheckpointReference 
         model=model.config.to_dict(),
         dtype=dtype,
         limits=limits,
-        inputs=[Port(name, "int64", list(dims)) for name, dims in TOKEN_INPUTS.items()],
+        inputs=[
+            Port(name, dtype if name == IMAGE_FEATURES else "int64", list(dims))
+            for name, dims in (TOKEN_INPUTS | image_inputs(model.config)).items()
+        ],
         outputs=[Port(LOGITS, wide, ["batch", "positions", model.config.vocab_size])],
         states=[
             StateTensor(
@@ -426,6 +465,7 @@ def _describe(model: TextModel, limits: Limits, checkpoint: CheckpointReference 
         taps=[tap(layer) for layer in layers for tap in (hidden_tap, router_tap)],
         checkpoint=checkpoint,
         versions={"torch": torch.__version__},
+        vision=None if vision is None else vision.half,
     )
 
 

@@ -36,9 +36,7 @@ def create(preset: str, seed: int, output: Path, dtype: str, force: bool, as_jso
 
     with progress(verbose) as shown:
         made = create_checkpoint(preset, output, seed=seed, dtype=dtype, force=force, progress=shown)
-    parameters = sum(made.config.parameter_counts().values())
-    if made.config.vision is not None:
-        parameters += sum(made.config.vision.parameter_counts(made.config.hidden_size).values())
+    parameters = sum(made.config.all_parameter_counts().values())
     if as_json:
         print_json({"path": str(made.folder), "parameters": parameters, "bytes": made.total_bytes})
     else:

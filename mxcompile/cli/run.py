@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 @click.option("--tokens", metavar="IDS", help="Continue these token ids: 1,2,3.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the chat template; without a prompt, talk in turns.")
 @click.option("--system", metavar="TEXT", help="System message of --chat.  [default: MiniMax's own; '' for none]")
+@click.option(
+    "--image",
+    "images",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    help="Image (PNG, JPEG or WebP) for the next <image> in the prompt; repeatable. --chat puts missing marks in front.",
+)
 @sampling_options
 @prefill_chunk_option
 @threads_option
@@ -35,6 +43,7 @@ def command(
     tokens: str | None,
     chat: bool,
     system: str | None,
+    images: tuple[Path, ...],
     as_json: bool,
     no_stream: bool,
     threads: int | None,
@@ -58,6 +67,8 @@ def command(
         raise click.UsageError("--chat takes text, not --tokens", click.get_current_context())
     if system is not None and not chat:
         raise click.UsageError("--system needs --chat", click.get_current_context())
+    if images and talk:
+        raise click.UsageError("--image needs a prompt; talking in turns takes text only", click.get_current_context())
     ids = None if tokens is None else _token_ids(tokens)
     text = _read(prompt_file) if prompt_file is not None else prompt
 
@@ -76,8 +87,11 @@ def command(
         return
     if chat:
         from mxcompile.chat import opening, render
+        from mxcompile.image_prompts import marked
 
-        text = render(opening(system, text or "", family=engine.family), family=engine.family)
+        text = render(opening(system, marked(text or "", len(images)), family=engine.family), family=engine.family)
+    if images:
+        settings["images"] = [list(images)]
     result = answer(engine, ids if ids is not None else text or "", settings, stream=not (no_stream or as_json))
     if as_json:
         from mxcompile.cli.output import print_json
