@@ -73,13 +73,18 @@ def versions(result: BuildResult) -> dict[str, str | None]:
         "    try:\n        out[name] = __import__(name).__version__\n    except Exception: pass\n"
         "print(json.dumps(out))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    found: dict[str, str | None] = {}
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+    except (subprocess.SubprocessError, ValueError, IndexError):
+        pass  # nothing to end a run for
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git there
         commit = ""
     return {
-        **(json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else {}),
+        **found,
         "python": platform.python_version(),
         "nvcc": result.nvcc_version,
         "sources": result.sources[:16],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -139,6 +140,24 @@ def test_a_carried_library_must_be_of_these_sources_and_this_gpu(tmp_path: Path)
     for folder, said in (("old", "other sources"), ("other", "is for 80"), ("absent", "no finished build")):
         with pytest.raises(PluginsError, match=said):
             run.find_library(facts, tmp_path / folder)
+
+
+@pytest.mark.parametrize("answer", ["", "not json", "{}", None])
+def test_versions_that_nobody_tells_end_no_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str | None
+) -> None:
+    carried(tmp_path / "good")
+    result, _ = run.find_library({"name": "made up", "compute_cap": "9.0"}, tmp_path / "good")
+
+    def made_up(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        if command[0] != sys.executable:
+            return subprocess.CompletedProcess(command, 0, "abc\n", "")
+        if answer is None:
+            raise subprocess.TimeoutExpired(command, 60)
+        return subprocess.CompletedProcess(command, 0, answer, "")
+
+    monkeypatch.setattr(run.subprocess, "run", made_up)
+    assert run.versions(result)["commit"] == "abc"
 
 
 def test_without_a_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
