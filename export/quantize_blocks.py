@@ -159,6 +159,10 @@ class _Quantized:
             yield from self._source.experts()
         elif isinstance(self._source, ConvertedTensor):
             yield self._source.stored()
+        elif isinstance(self._source, ir.ExternalTensor):
+            # A mapping of its own, gone after use: the tensor would keep one of the whole file.
+            source = self._source
+            yield np.memmap(source.path, source.dtype.numpy(), "r", source.offset or 0, tuple(source.shape.numpy()))
         else:
             yield self._source.numpy()
 
@@ -181,8 +185,6 @@ class _Quantized:
             # A matrix counts with its number of rows, however many of them were sampled.
             squared_error += float(np.square(difference).sum(dtype=np.float64)) * rows / len(some)
             squared_weight += float(np.square(some).sum(dtype=np.float64)) * rows / len(some)
-        if isinstance(self._source, ir.ExternalTensor):
-            self._source.release()  # it maps a file
         if self._scales is None:
             self._error.squared_error += squared_error
             self._error.squared_weight += squared_weight

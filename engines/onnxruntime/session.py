@@ -30,6 +30,7 @@ from engines.weights import map_weights
 
 MINIMUM_ORT = (1, 31)
 PREFILL_GRAPH_FROM = 8  # tokens of a run (rows times tokens) from which the prefill graph is faster
+QUANTIZED_PREFILL_FROM = 32  # the same where experts are quantized by blocks: QMoE is fast for more tokens than MoE
 Verify = Literal["quick", "full"]
 
 
@@ -199,7 +200,8 @@ class OrtSession(RaggedSession):
 
     def _fastest(self, rows: int, tokens: int) -> ort.InferenceSession:
         """The graph to run this many tokens of each row with."""
-        return self._prefill_session if rows * tokens >= PREFILL_GRAPH_FROM else self._session
+        start = QUANTIZED_PREFILL_FROM if self._int8_activations else PREFILL_GRAPH_FROM
+        return self._prefill_session if rows * tokens >= start else self._session
 
     def _bind(
         self, session: ort.InferenceSession, feeds: dict[str, np.ndarray], state: OrtState, rows: tuple[int, int]
