@@ -154,6 +154,21 @@ void cute_register_a(int32_t* element) {
     fragment(typename cute::MMA_Traits<Op>::ALayout{}, 64, 16, element);
 }
 
+// Row and column in a tile of 128 x 256 of each sum of the experts' products (CUTLASS' cooperative kernel: two
+// warpgroups below each other): [256][128][2].
+void cute_expert_tile(int32_t* at) {
+    using namespace cute;
+    const auto mma = make_tiled_mma(SM90_64x256x16_F32BF16BF16_SS<Major::K, Major::K>{}, Layout<Shape<_2, _1, _1>>{});
+    const auto tile = make_identity_tensor(Shape<_128, _256>{});
+    for (int thread = 0; thread < 256; ++thread) {
+        const auto part = mma.get_thread_slice(thread).partition_C(tile);
+        for (int i = 0; i < 128; ++i) {
+            at[(thread * 128 + i) * 2] = get<0>(part(i));
+            at[(thread * 128 + i) * 2 + 1] = get<1>(part(i));
+        }
+    }
+}
+
 // mma.sync: operand 0 A [16, 16], 1 B [8, 16], 2 C [16, 8].
 void cute_mma(int operand, int32_t* element) {
     using Traits = cute::MMA_Traits<cute::SM80_16x8x16_F32BF16BF16F32_TN>;

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "lightning/sm90_tiles.cuh"
+#include "moe/sm90_steps.cuh"
 #include "mxc/tma.cuh"
 #include "mxc_harness.h"
 
@@ -142,6 +143,28 @@ struct Box {
     }
 };
 
+struct GatedArgs {
+    const float* sums;     // [256][128]
+    const int32_t* first;  // [256][2]: row and column of each thread's first sum
+    uint16_t* out;         // [rows, columns]
+    int rows, columns;
+};
+
+// fc1's epilogue on one tile, called as SwigluEpilogue (moe_sm90.cu) calls it.
+struct Gated {
+    using Args = GatedArgs;
+    static constexpr int kThreads = 256;
+    static constexpr int kSharedBytes = 16;
+
+    static void run(const Args& args, char*) {
+        const int thread = static_cast<int>(threadIdx.x);
+        const float* sums = args.sums + thread * 128;
+        const int32_t* first = args.first + 2 * thread;
+        mxc::storeGated<BFloat16, 32>([&](int i) { return sums[i]; }, args.out, args.columns, first[0], args.rows,
+                                      (first[1] - thread % 4 * 2) / 2, args.columns);
+    }
+};
+
 template <class Kernel>
 int launch(const typename Kernel::Args& args) {
     mxc::EmulatedRunner runner{0};
@@ -159,6 +182,9 @@ int run_step(int step, const char* image, char* image_out, const float* in, floa
 int run_warp(int instruction, const uint16_t* memory, const uint32_t* registers, const float* accumulators,
              uint32_t* out, float* accumulators_out, uint16_t* memory_out) {
     return launch<WarpInstruction>({instruction, memory, registers, accumulators, out, accumulators_out, memory_out});
+}
+int run_gated(const float* sums, const int32_t* first, uint16_t* out, int rows, int columns) {
+    return launch<Gated>({sums, first, out, rows, columns});
 }
 int run_box(const uint16_t* rows, char* image) { return launch<Box>({rows, image}); }
 }

@@ -78,6 +78,7 @@ def compile_kernels(plugins: Path) -> ctypes.CDLL:
     command = [os.environ.get("CXX") or shutil.which("g++") or "g++", "-std=c++17", "-O1", "-shared", "-fPIC"]
     command += [f"-I{path}" for path in (plugins, plugins / "include", emulator)] + [str(source)]
     headers = [*(plugins / "lightning").glob("*.*h"), *(plugins / "include/mxc").glob("*"), *emulator.glob("*.h")]
+    headers += (plugins / "moe").glob("*.*h")
     return compile_once("layout", command, [source, *sorted(headers)])
 
 
@@ -244,7 +245,7 @@ def test_steps_of_the_prefill_use_cutes_layouts(check: object, cute: ctypes.CDLL
     ids=["stride", "swizzle", "along", "leading", "stored"],
 )
 def test_a_planted_mistake_is_seen(file: str, right: str, wrong: str, cute: ctypes.CDLL, tmp_path: Path) -> None:
-    for folder in ("include", "lightning"):
+    for folder in ("include", "lightning", "moe"):
         shutil.copytree(ROOT / "plugins" / folder, tmp_path / folder)
     source = tmp_path / file
     text = source.read_text()
@@ -311,6 +312,22 @@ def test_mma_sync_fragments_are_cutes(cute: ctypes.CDLL, kernels: ctypes.CDLL) -
     registers[:, 8:] = bfloat16(spread(b, elements[1]))
     done = Warp(kernels, 5, MEMORY, registers.view(np.uint32), spread(c, elements[2]))
     assert np.array_equal(done.sums, spread(c + a @ b.T, elements[2]))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(128, 128), (37, 72)])
+def test_the_experts_epilogue_finds_its_sums_where_cutlass_has_them(
+    rows: int, columns: int, cute: ctypes.CDLL, kernels: ctypes.CDLL
+) -> None:
+    at = np.zeros((256, 128, 2), np.int32)
+    cute.cute_expert_tile(pointer(at))
+    assert len({tuple(place) for place in at.reshape(-1, 2).tolist()}) == 128 * 256
+    tile = np.random.default_rng(16).standard_normal((128, 256)).astype(np.float32)
+    sums, first = np.ascontiguousarray(tile[at[..., 0], at[..., 1]]), np.ascontiguousarray(at[:, 0])
+    out = np.zeros((rows, columns), np.uint16)
+    assert kernels.run_gated(pointer(sums), pointer(first), pointer(out), rows, columns) == 0
+    gate, up = tile[:rows, : 2 * columns : 2].astype(np.float64), tile[:rows, 1 : 2 * columns : 2].astype(np.float64)
+    found = out.view(ml_dtypes.bfloat16).astype(np.float64)
+    np.testing.assert_allclose(found, gate / (1 + np.exp(-gate)) * up, rtol=2**-8, atol=1e-30)
 
 
 def test_a_copied_box_lies_as_the_products_read_it(cute: ctypes.CDLL, kernels: ctypes.CDLL) -> None:
