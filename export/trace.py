@@ -127,4 +127,6 @@ def _name_inputs_and_outputs(graph: ir.Graph, config: ModelConfig) -> None:
     names = [LOGITS, *(spec.output_name for spec in specs), *taps]
     for value, name in zip(graph.outputs, names, strict=True):
         value.name = name
-    del graph.outputs[1 + len(specs) :]
+    graph.outputs[
+        1 + len(specs) :
+    ] = []  # `del` would leave them marked as outputs, and files would then lack their types

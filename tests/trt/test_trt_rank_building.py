@@ -18,6 +18,7 @@ from engines.errors import EngineError
 from engines.tensorrt.build import BuildRequest
 from engines.tensorrt.gpus import find_gpu
 from engines.tensorrt.ranks import BuiltRank, together
+from export.contract import hidden_tap, router_tap
 from export.parallel.mapping import ParallelMapping
 from export.parallel.plan import ShardingPlan
 from model_defs.presets import preset
@@ -35,11 +36,11 @@ def _request(**changes: object) -> BuildRequest:
 
 @pytest.fixture(scope="module")
 def build(tiny: Path, plugins_at_hand: Path) -> Build:
-    """Builds two ranks of one layer with int8 experts, each time from the same trace: build(folder, jobs, progress)."""
+    """Builds two ranks of one layer with int8 experts and taps, each time from the same trace: build(folder, jobs, progress)."""
     opened, config = open_checkpoint(tiny, 1)
     model, plan = graph(config, "bfloat16"), ShardingPlan(config, ParallelMapping(2, 1, 2))
-    quantized = {"strip_weights": True, "quantization": {"experts": "int8"}}
-    request = _request(model=config.to_dict(), mapping=Mapping(2, 1, 2), **quantized)
+    options = {"strip_weights": True, "quantization": {"experts": "int8"}, "taps": [hidden_tap(0), router_tap(0)]}
+    request = _request(model=config.to_dict(), mapping=Mapping(2, 1, 2), **options)
 
     def run(folder: Path, jobs: int, progress: Progress | None = None) -> Path:
         with EngineDirWriter(folder) as writer:
@@ -91,6 +92,7 @@ def test_processes_build_what_one_process_builds(build: Build, tmp_path: Path, m
     assert set(one.pop("files")) == set(two.pop("files"))
     assert one == two
     assert 0 < one["quantization"]["relative_weight_error"] < 0.01
+    assert {port["name"]: port["dtype"] for port in one["outputs"]}.items() >= {hidden_tap(0): "bfloat16"}.items()
     assert [files.graph for files in read_config(processes).ranks] == ["rank0.engine", "rank1.engine"]
 
 
