@@ -69,7 +69,9 @@ def config_of(model: str) -> Any:
     if model != "pair":
         return preset(model)
     kinds = ("lightning", "softmax")
-    return dataclasses.replace(preset("text-01"), layer_kinds=kinds, vocab_size=1024, num_local_experts=8)
+    return dataclasses.replace(
+        preset("text-01"), layer_kinds=kinds, vocab_size=1024, num_local_experts=8, slope_layers=2
+    )
 
 
 def prepare(folder: Path, models: tuple[str, ...]) -> None:

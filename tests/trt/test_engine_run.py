@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+from model_defs.config_schemas import config_to_schema
+
 sys.path.insert(1, str(ROOT / "benchmarks" / "gpu"))
 
 import engine_run  # noqa: E402
@@ -63,6 +65,12 @@ def test_an_engine_that_is_not_built_is_neither_validated_nor_timed(tmp_path: Pa
     run_engines(runner, tmp_path, ("tiny",), targets, "cpu", tmp_path)
     found = {name: record["outcome"] for name, record in _steps(tmp_path).items()}
     assert found == {"tiny, onnxruntime: build": "failed", "tiny, tensorrt": "not run: tensorrt: not there"}
+
+
+@pytest.mark.parametrize("model", engine_run.MODELS)
+def test_every_model_can_be_written_as_a_checkpoint(model: str) -> None:
+    config = engine_run.config_of(model)
+    assert config_to_schema(config, "original")["num_hidden_layers"] == config.num_layers
 
 
 def test_what_is_missing_is_named() -> None:
