@@ -8,9 +8,13 @@ Shape suffixes: B rows, N vocabulary, P steps, L layers, n tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.interface import Session
 from export.contract import router_tap
 from mxcompile.validation import metrics
 from mxcompile.validation.checks import Bench, Schedule
@@ -32,15 +36,23 @@ def check_greedy(bench: Bench) -> tuple[list[Check], list[GreedyRun]]:
         fitting = min(steps, bench.longest - max(batch))
         if fitting < steps:
             bench.not_run.append(NotRun(f"{steps} greedy tokens", f"{fitting} fit into the engine's capacity"))
-        for check, run in _continue(bench, batch, fitting):
+        for check, run in continue_greedily(bench, [bench.prompt(length, row=2) for length in batch], fitting):
             checks.append(check)
             runs.append(run)
     return checks, runs
 
 
-def _continue(bench: Bench, lengths: list[int], steps: int) -> list[tuple[Check, GreedyRun]]:
-    prompts = [bench.prompt(length, row=2) for length in lengths]
+def continue_greedily(
+    bench: Bench,
+    prompts: list[NDArray[np.int64]],
+    steps: int,
+    prepare: Callable[[Session, Any], None] = lambda session, state: None,
+) -> list[tuple[Check, GreedyRun]]:
+    """Continue prompts in one batch by `steps` tokens; `prepare` is called with either session and its fresh state."""
+    lengths = [len(prompt) for prompt in prompts]
     reference_state, engine_state = bench.reference.new_state(len(prompts)), bench.engine.new_state(len(prompts))
+    prepare(bench.reference, reference_state)
+    prepare(bench.engine, engine_state)
     tapped = has_taps(bench.reference)
     ids_BT = np.zeros((len(prompts), max(lengths)), np.int64)
     for row, prompt in enumerate(prompts):

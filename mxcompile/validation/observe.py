@@ -5,7 +5,7 @@ Shape suffixes: B batch rows, T new tokens, P compared positions, N vocabulary, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -72,6 +72,7 @@ def observe(
     want: Want = "logits",
     snapshot_after: Sequence[int] = (),
     seed: int = 0,
+    prepare: Callable[[Any], None] = lambda state: None,
 ) -> list[RowTrace]:
     """Run `rows` in one batch.
 
@@ -80,6 +81,7 @@ def observe(
             `decode` when only logits are wanted, as in generation.
         snapshot_after: numbers of pieces after which to keep what each row remembers; always after the last.
         seed: of the ids that fill the padding, which must not matter.
+        prepare: called with the fresh state, to place images in it.
     """
     pieces = one_piece(rows) if pieces is None else pieces
     stray = np.random.default_rng(seed)
@@ -87,6 +89,7 @@ def observe(
     traces = [_empty(row, session) for row in rows]
     parts: list[list[dict[str, Any]]] = [[] for _ in rows]
     state = session.new_state(len(rows))
+    prepare(state)
     done_B = np.zeros(len(rows), np.int64)
     taps = want != "logits"
     for index, piece in enumerate(pieces):

@@ -135,7 +135,7 @@ class GreedyRun:
 
 @dataclass
 class Fault:
-    """Where the engine leaves the reference first. `kind`: lightning, softmax, router, experts, head or unknown."""
+    """Where the engine leaves the reference first. `kind`: lightning, softmax, router, experts, head, vision half or unknown."""
 
     layer: int | None
     kind: str

@@ -20,6 +20,7 @@ from mxcompile.same_model import first_difference
 from mxcompile.validation import checks
 from mxcompile.validation.checks import Bench, Schedule
 from mxcompile.validation.greedy import check_greedy
+from mxcompile.validation.images import check_images
 from mxcompile.validation.judge import Judge
 from mxcompile.validation.layers import fault_from_states, first_fault, layer_errors
 from mxcompile.validation.observe import has_taps, observe, one_piece
@@ -122,6 +123,12 @@ def validate(
     with progress.stage("greedy"):
         found, report.greedy = check_greedy(bench)
         report.checks += found
+    if session.config.vision is not None:
+        with progress.stage("images"):
+            found, runs, fault = check_images(bench)
+            report.checks += found
+            report.greedy += runs
+            report.fault = report.fault or fault
     if report.failed and report.fault is None:
         with progress.stage("locate"):
             report.fault = _locate(bench, kinds)
@@ -158,7 +165,8 @@ def _open(engine: Any, against: Any, options: ValidationOptions) -> tuple[Sessio
         raise MxcompileError(
             f"the engine has {layers} layers, the checkpoint {opened.folder} {opened.config.num_layers}"
         )
-    return session, _reference(opened, options, layers, reference_options(config)), opened
+    rounding = reference_options(config) | {"vision": config.vision is not None}
+    return session, _reference(opened, options, layers, rounding), opened
 
 
 def _reference(opened: Checkpoint, options: ValidationOptions, layers: int, rounding: dict[str, Any]) -> PyTorchSession:
@@ -296,6 +304,7 @@ def _description(session: Session) -> dict[str, Any]:
         "max_batch_size": session.max_batch_size,
         "max_seq_len": session.max_seq_len,
         "mapping": dataclasses.asdict(config.mapping),
+        "vision": None if config.vision is None else dataclasses.asdict(config.vision),
         "checkpoint": None if config.checkpoint is None else dataclasses.asdict(config.checkpoint),
         "mxcompile_version": config.mxcompile_version,
         "versions": config.versions,

@@ -23,6 +23,7 @@ from model_defs.presets import preset
 from mxcompile.backends.pytorch import PyTorchSession
 from mxcompile.chat import opening, render
 from mxcompile.errors import MxcompileError
+from mxcompile.validation import ValidationOptions, validate
 
 SMALL = dataclasses.replace(preset("tiny-vl"), layer_kinds=("lightning", "softmax"), slope_layers=2)
 # Two fp32 programs that add in different orders, as validation allows (mxcompile/validation/thresholds.py), over 2 layers.
@@ -194,6 +195,14 @@ def test_a_changed_vision_file_is_found(folders, tmp_path):
     (copy / "vision.onnx").unlink()
     with pytest.raises(EngineError, match=r"vision\.onnx: missing"):
         mxcompile.load(copy)
+
+
+def test_validation_covers_the_images(folders):
+    report = validate(
+        folders / "engine", folders / "checkpoint", ValidationOptions(quick=True, lengths=(1,), threads=1)
+    )
+    assert report.passed, report.verdict
+    assert sum("image" in check.group.lower() for check in report.checks) == 11
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

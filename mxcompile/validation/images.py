@@ -1,0 +1,187 @@
+"""Checks of an engine with a vision half: its image features, and answers about images, against the PyTorch definition.
+
+Engine and reference each compute their own features from the same pixels, so what is compared is the whole way from pixels to
+logits. The pixels are noise: reading files and resizing them is no part of either.
+
+Shape suffixes: B rows, P compared positions, n tokens of the images of a prompt, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.config import VisionHalf
+from engines.interface import Session
+from engines.vision.layout import best_resolution, token_rows
+from engines.vision.pixels import PreparedImage
+from engines.vision.prompts import expand
+from mxcompile.validation import metrics
+from mxcompile.validation.checks import Bench
+from mxcompile.validation.greedy import continue_greedily
+from mxcompile.validation.judge import last_position, snapshot_trace
+from mxcompile.validation.observe import RowTrace, in_chunks, observe
+from mxcompile.validation.results import Check, Fault, GreedyRun, Measure, NotRun
+
+FEATURES_GROUP = "Image features against PyTorch"
+# Heights and widths in tiles: one that fills a tile, one with padding above and below, one with padding at the sides.
+SHAPES = ((1.0, 1.0), (0.9, 2.2), (1.7, 0.6))
+TEXT = 6  # tokens before, between and behind the images of a prompt
+
+
+def check_images(bench: Bench) -> tuple[list[Check], list[GreedyRun], Fault | None]:
+    """All checks of the vision half; none for an engine without one. The fault is set when only images go wrong."""
+    vision, theirs = bench.engine.config.vision, bench.reference.config.vision
+    if vision is None:
+        return [], [], None
+    if theirs is None:
+        bench.not_run.append(NotRun("images", "the reference has no vision half"))
+        return [], [], None
+    images = [_noise(vision, shape, bench.options.seed + index) for index, shape in enumerate(SHAPES)]
+    checks = [_check_features(bench, image) for image in images]
+    wrong = next((check for check in checks if not check.passed), None)
+    if wrong is not None:
+        measure = wrong.measures[0]
+        part = "the vision graph or the order of its features; what the text model makes of them is not judged"
+        return checks, [], Fault(None, "vision half", part, wrong.case, measure.name, measure.value, measure.limit)
+    if bench.yardstick is not None:
+        bench.not_run.append(
+            NotRun("prompts with images", "this engine is judged by a yardstick, which runs text only")
+        )
+        return checks, [], None
+    prompt = _longest_prompt(bench, vision, images)
+    if prompt is None:
+        wanted = images[0].tokens + 2 * TEXT + bench.options.decode_steps
+        reason = f"the engine takes {bench.engine.max_seq_len} tokens, the smallest prompt with an image has {wanted}"
+        bench.not_run.append(NotRun("prompts with images", reason))
+        return checks, [], None
+    on_text = list(bench.failed)
+    checks += _check_prompt(bench, vision, *prompt)
+    tokens, shown = prompt
+    fitting = min(bench.options.greedy_tokens, bench.longest - len(tokens))
+    place = {id(session): placing(session, vision, tokens, shown) for session in (bench.engine, bench.reference)}
+    (check, run), *_ = continue_greedily(bench, [tokens], fitting, lambda session, state: place[id(session)](state))
+    check.group, check.case = (
+        "Greedy answer about images against PyTorch",
+        f"{fitting} tokens behind {_case(tokens, shown)}",
+    )
+    checks.append(check)
+    bench.failed[:] = on_text  # what is repeated to find a layer is repeated without images
+    return checks, [run], None if on_text else _fault_with_images(checks)
+
+
+def _fault_with_images(checks: list[Check]) -> Fault | None:
+    """Where an engine that passes on text fails on images although their features are right."""
+    wrong = next((check for check in checks if check.status == "failed" and check.worst is not None), None)
+    if wrong is None or wrong.worst is None:
+        return None
+    part = (
+        "the places that the features take in a prompt; the features themselves and prompts of text keep their limits"
+    )
+    return Fault(None, "vision half", part, wrong.case, wrong.worst.name, wrong.worst.value, wrong.worst.limit)
+
+
+def placing(
+    session: Session, vision: VisionHalf, tokens: NDArray[np.int64], images: list[PreparedImage]
+) -> Callable[[Any], None]:
+    """What lets a fresh state's only row show `images` at the image tokens of `tokens`, with the session's own features."""
+    features_nD = session.image_features(images)  # type: ignore[attr-defined]
+    places_n = np.flatnonzero(tokens == vision.image_token_id)
+    return lambda state: state.place_images(0, places_n, features_nD)
+
+
+def _noise(vision: VisionHalf, shape: tuple[float, float], seed: int) -> PreparedImage:
+    """An image of so many tiles' height and width whose pixels are as normalised ones."""
+    size = round(shape[0] * vision.tile), round(shape[1] * vision.tile)
+    height, width = best_resolution(size, vision.pinpoints)
+    count = 1 + height * width // vision.tile**2
+    tiles = np.random.default_rng([seed, *size]).standard_normal((count, 3, vision.tile, vision.tile), np.float32)
+    return PreparedImage(f"{size[1]} x {size[0]} pixels", size, tiles, token_rows(size, vision))
+
+
+def _check_features(bench: Bench, image: PreparedImage) -> Check:
+    engine_nD, reference_nD = (s.image_features([image]) for s in (bench.engine, bench.reference))  # type: ignore[attr-defined]
+    same = engine_nD.shape == reference_nD.shape
+    errors_n = metrics.relative_norm(reference_nD, engine_nD) if same else np.array([np.inf])
+    worst = int(np.argmax(errors_n))
+    limit = (
+        bench.judge.thresholds.hidden.value
+    )  # a feature is what a hidden state is: a vector that the text model goes on with
+    measure = Measure("largest relative error of a token's features", float(errors_n[worst]), limit, f"token {worst}")
+    return Check(FEATURES_GROUP, image.name, [measure], len(errors_n), len(errors_n))
+
+
+def _longest_prompt(
+    bench: Bench, vision: VisionHalf, images: list[PreparedImage]
+) -> tuple[NDArray[np.int64], list[PreparedImage]] | None:
+    """Text around as many of the images as fit, smallest last to go."""
+    ordered = sorted(images, key=lambda image: image.tokens)
+    text = bench.prompt(TEXT, row=4)
+    text[text == vision.image_token_id] = 0
+    for count in range(len(ordered), 0, -1):
+        shown = ordered[:count]
+        ids = text.tolist()
+        for _ in shown:
+            ids += [vision.image_token_id, *text]
+        tokens = np.asarray(expand(ids, shown, vision.image_token_id), np.int64)
+        if len(tokens) + bench.options.decode_steps <= bench.longest:
+            return tokens, shown
+    return None
+
+
+def _case(tokens: NDArray[np.int64], shown: list[PreparedImage]) -> str:
+    return f"{len(tokens)} tokens with {len(shown)} image{'s' if len(shown) > 1 else ''}"
+
+
+def _check_prompt(
+    bench: Bench, vision: VisionHalf, prompt: NDArray[np.int64], shown: list[PreparedImage]
+) -> Iterator[Check]:
+    """Prefill and decode behind a prompt with images against PyTorch, and the same prompt in chunks against one piece."""
+    steps, judge, length = bench.options.decode_steps, bench.judge, len(prompt)
+    text = bench.prompt(steps, row=5)
+    text[text == vision.image_token_id] = 0
+    tokens = np.concatenate([prompt, text])
+    pieces = [[length], *([[1]] * steps)]
+    place, place_reference = (placing(session, vision, prompt, shown) for session in (bench.engine, bench.reference))
+    reference = [
+        observe(bench.reference, [tokens], pieces, want="margins", snapshot_after=[1], prepare=place_reference)[0]
+    ]
+    compared = judge.compare(
+        _case(prompt, shown), reference, observe(bench.engine, [tokens], pieces, snapshot_after=[1], prepare=place)
+    )
+    yield judge.logits_check("Prefill logits with images against PyTorch", compared, lambda p: p < length)
+    yield judge.states_check("States after images against PyTorch", compared, lambda row: length)
+    yield judge.logits_check("Decode logits behind images against PyTorch", compared, lambda p: p >= length)
+    whole = observe(bench.engine, [prompt], prepare=place)
+    margins = [observe(bench.reference, [prompt], want="margins", prepare=place_reference)[0]]
+    for chunk in bench.options.chunks:
+        yield from _chunked(bench, prompt, shown, chunk, place, whole, margins)
+
+
+def _chunked(
+    bench: Bench,
+    prompt: NDArray[np.int64],
+    shown: list[PreparedImage],
+    chunk: int,
+    place: Callable[[Any], None],
+    whole: list[RowTrace],
+    margins: list[RowTrace],
+) -> Iterator[Check]:
+    """In pieces by `forward` and by `prefill`: chunks that end inside images, and equal one piece."""
+    judge, case = bench.judge, f"{_case(prompt, shown)} in chunks of {chunk}"
+    pieced = observe(bench.engine, [prompt], in_chunks([prompt], chunk), prepare=place)
+    compared = judge.compare(case, whole, pieced, margins)
+    logits = judge.logits_check("Chunked prefill with images against one piece", compared)
+    state = bench.engine.new_state(1)
+    place(state)
+    last_N = bench.engine.prefill([prompt.tolist()], state, chunk)[0]
+    direct = judge.compare(
+        case, [last_position(whole[0])], [snapshot_trace(prompt, last_N, state.read_row(0))], margins
+    ).rows[0]
+    value, _ = judge.summary(direct.errors_P[direct.judged_P])
+    logits.measures.append(Measure("last logits of prefill()", value, judge.limit("logits", 1)))
+    yield logits
+    yield judge.states_check("States of chunked prefill with images against one piece", compared)
