@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 from model_defs.config_schemas import config_to_schema
 
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(1, str(ROOT / "benchmarks" / "gpu"))
 
 import engine_run  # noqa: E402
