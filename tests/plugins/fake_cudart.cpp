@@ -125,6 +125,11 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
     launched(kernel, grid, block, shared, stream, dim3(1, 1, 1), args);
     return answer("launch");
 }
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** args, size_t shared,
+                             cudaStream_t stream) {  // what <<<>>> becomes before CUDA 13
+    launched(kernel, grid, block, shared, stream, dim3(1, 1, 1), args);
+    return answer("launch");
+}
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** args) {
     dim3 cluster(1, 1, 1);
     for (unsigned i = 0; i < config->numAttrs; ++i) {

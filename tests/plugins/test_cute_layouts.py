@@ -65,8 +65,8 @@ def cute() -> ctypes.CDLL:
         pytest.skip("no CUTLASS headers found; `pip install mxcompile[plugins]`")
     source = HERE / "cute_tables.cpp"
     # The two macros are how CUTLASS knows the toolkit where nvcc only passes a source on to the host's compiler.
-    command = [str(nvcc), "-x", "c++", "-std=c++17", "-O0", "-shared", "-Xcompiler=-fPIC,-w", f"-I{headers}"]
-    command += ["-D__CUDACC_VER_MAJOR__=13", "-D__CUDACC_VER_MINOR__=0"]
+    command = [str(nvcc), "-x", "c++", "-std=c++17", "-O0", "-shared", "-cudart=none", "-Xcompiler=-fPIC,-w"]
+    command += [f"-I{headers}", "-D__CUDACC_VER_MAJOR__=13", "-D__CUDACC_VER_MINOR__=0"]
     command += [f"-I{ROOT / 'plugins'}", f"-I{ROOT / 'plugins/include'}", str(source)]
     ours = [ROOT / "plugins/lightning" / name for name in ("row_map.h", "row_boxes.h", "lightning_attention.h")]
     return compile_once("cute", command, [source, *ours])
