@@ -80,7 +80,7 @@ _QUANTIZED = ("qkv_proj", "output_gate", "out_proj", "q_proj", "k_proj", "v_proj
 def block_scheme(name: str, quantize: str) -> BlockScheme | None:
     """How the parameter `name` of `TextModel` is stored in a model quantized as `quantize` (of WHOLE); None: not quantized."""
     owner = name.removesuffix(".weight").rpartition(".")[2]
-    if owner not in _QUANTIZED:
+    if owner not in _QUANTIZED or not name.startswith(("layers.", "lm_head")):
         return None
     return WHOLE["int8"] if owner == "lm_head" else WHOLE[quantize]
 
