@@ -6,7 +6,8 @@
 // A caller sets `struct_bytes` to sizeof of the struct it was built with; another size is refused.
 //
 // Launchers work on `stream` alone, wait for nothing and allocate nothing, so they can be captured in a CUDA graph; but
-// launch once with the same shapes before: the driver loads a kernel at its first launch, which a capture may not allow.
+// launch once with the same shapes before: the driver loads a kernel at its first launch, which a capture may not
+// allow.
 #pragma once
 
 #include <stdint.h>
