@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16 from it)
 import numpy as np
 
-from engines.config import EngineConfig, Port, RankFiles
+from engines.config import EngineConfig, Port, RankFiles, VisionHalf
 from engines.parallel.heads import of_rank
 from engines.weights import Manifest
 
@@ -23,7 +23,10 @@ def memory_of(folder: Path, config: EngineConfig) -> list[dict[str, Any]]:
     """Bytes per rank. "activations" by profile, with the scratch of plugins and kernels in them, and "total" are of TensorRT engines only:
     ONNX Runtime takes activations as it needs them. States are those of a full batch at the engine's limits.
     """
-    return [_of_rank(folder, config, files, index) for index, files in enumerate(config.ranks)]
+    found = [_of_rank(folder, config, files, index) for index, files in enumerate(config.ranks)]
+    if config.vision is not None:
+        found[0]["vision weights, from the first image on"] = _listed(folder, config.vision)
+    return found
 
 
 def _of_rank(folder: Path, config: EngineConfig, files: RankFiles, index: int) -> dict[str, Any]:
@@ -61,7 +64,7 @@ def _told(config: EngineConfig, index: int) -> dict[str, Any]:
     return one if isinstance(one, dict) else {}
 
 
-def _listed(folder: Path, files: RankFiles) -> int:
+def _listed(folder: Path, files: RankFiles | VisionHalf) -> int:
     """Bytes of the weights outside the graph."""
     if files.weights is None:
         return 0

@@ -160,7 +160,7 @@ def _is_engine(path: Path) -> bool:
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
     kinds = Counter(config.layer_kinds)
-    counts = config.parameter_counts()
+    counts = config.all_parameter_counts()
     return {
         "architecture": {
             "family": config.family,
@@ -172,9 +172,21 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
             "vocabulary": config.vocab_size,
             "rotary": f"{config.rotary_dim} channels, base {config.rope_theta:g}",
             "positions": config.max_position_embeddings,
+            **_vision(config),
         },
         "parameters": counts | {"total": sum(counts.values()), "active per token": config_active(config)},
     }
+
+
+def _vision(config: ModelConfig) -> dict[str, Any]:
+    """The vision half in one line, where there is one."""
+    if (vision := config.vision) is None:
+        return {}
+    text = (
+        f"{vision.layers_used} layers of {vision.hidden_size}, tiles of {vision.image_size} pixels and {vision.patches} tokens, "
+        f"{len(vision.grid_pinpoints)} resolutions"
+    )
+    return {"vision": text}
 
 
 def config_active(config: ModelConfig) -> int:

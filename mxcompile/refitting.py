@@ -69,7 +69,7 @@ def refit(engine: str | Path, checkpoint: str | Path, *, progress: Progress | No
         verify_files(folder, config)
         _check_weights_outside(folder, config)
         layers = config.num_layers if config.options.get("layers") is not None else None
-        opened, model = open_checkpoint(Path(checkpoint), layers)
+        opened, model = open_checkpoint(Path(checkpoint), layers, vision=config.vision is not None)
         _check_same_model(config, model, opened.folder)
         reference = CheckpointReference(str(opened.folder), opened.fingerprint())
     bound = written = referenced = 0
@@ -85,6 +85,13 @@ def refit(engine: str | Path, checkpoint: str | Path, *, progress: Progress | No
                 written += sum(size for size, own in zip(sizes, of_engine, strict=True) if own)
                 referenced += sum(size for size, own in zip(sizes, of_engine, strict=True) if not own)
                 stage.advance()
+        if model.vision is not None:  # its weights are few: the half is made anew
+            from mxcompile.vision_building import add_vision
+
+            config, vision_referenced = add_vision(
+                dataclasses.replace(config, checkpoint=reference), model, opened, writer, clock
+            )
+            referenced += vision_referenced
         for file in opened.tokenizer_files:
             writer.add(file.name, file)
         new = dataclasses.replace(
@@ -106,8 +113,6 @@ def refit(engine: str | Path, checkpoint: str | Path, *, progress: Progress | No
 
 
 def _check_weights_outside(folder: Path, config: EngineConfig) -> None:
-    if config.vision is not None:
-        raise MxcompileError(f"{folder}: this engine has a vision half and cannot be refitted; build it anew with --force")
     if any(files.weights is None for files in config.ranks):
         raise MxcompileError(
             f"{folder}: this engine holds its weights inside the plan and cannot be refitted; build it with --strip-weights, then "
@@ -117,6 +122,8 @@ def _check_weights_outside(folder: Path, config: EngineConfig) -> None:
 
 def _check_same_model(config: EngineConfig, model: ModelConfig, folder: Path) -> None:
     """Everything that decides shapes or what is computed must be equal."""
+    if config.vision is not None and model.vision is None:
+        raise MxcompileError(f"{folder}: has no vision half, but the engine has one; build an engine of it")
     difference = first_difference(config.model, model.to_dict(), "the checkpoint")
     if difference is not None:
         raise MxcompileError(

@@ -23,6 +23,7 @@ from model_defs.presets import preset
 from mxcompile.backends.pytorch import PyTorchSession
 from mxcompile.chat import opening, render
 from mxcompile.errors import MxcompileError
+from mxcompile.refitting import refit
 from mxcompile.validation import ValidationOptions, validate
 
 SMALL = dataclasses.replace(preset("tiny-vl"), layer_kinds=("lightning", "softmax"), slope_layers=2)
@@ -203,6 +204,26 @@ def test_validation_covers_the_images(folders):
     )
     assert report.passed, report.verdict
     assert sum("image" in check.group.lower() for check in report.checks) == 11
+
+
+def test_refit_takes_the_other_checkpoints_vision_half(folders, tmp_path):
+    shutil.copytree(folders / "engine", tmp_path / "engine")
+    mxcompile.create_checkpoint(SMALL, tmp_path / "other", seed=5, dtype="float32")
+    refit(tmp_path / "engine", tmp_path / "other")
+    report = validate(tmp_path / "engine", tmp_path / "other", ValidationOptions(quick=True, lengths=(1,), threads=1))
+    assert report.passed, report.verdict
+    mxcompile.create_checkpoint(SMALL.text_only(), tmp_path / "text", seed=6, schema="vl-01")
+    with pytest.raises(MxcompileError, match="has no vision half, but the engine has one"):
+        refit(tmp_path / "engine", tmp_path / "text")
+
+
+def test_inspect_shows_the_vision_half(folders):
+    of_engine, of_checkpoint = (mxcompile.inspect(folders / name) for name in ("engine", "checkpoint"))
+    assert of_engine["architecture"]["vision"] == of_checkpoint["architecture"]["vision"]
+    assert of_engine["architecture"]["vision"].startswith("3 layers of 64, tiles of 28 pixels and 16 tokens")
+    assert of_engine["parameters"]["vision tower"] > of_engine["parameters"]["projector"] > 0
+    assert of_engine["memory"][0]["vision weights, from the first image on"] > 0
+    assert {"vision.onnx", "vision.weights.json", "vision.weights.bin"} <= set(of_engine["files"])
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
