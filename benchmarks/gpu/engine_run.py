@@ -68,10 +68,8 @@ def config_of(model: str) -> Any:
 
     if model != "pair":
         return preset(model)
-    kinds = ("lightning", "softmax")
-    return dataclasses.replace(
-        preset("text-01"), layer_kinds=kinds, vocab_size=1024, num_local_experts=8, slope_layers=2
-    )
+    small = {"vocab_size": 1024, "bos_token_id": None, "eos_token_id": None, "num_local_experts": 8}
+    return dataclasses.replace(preset("text-01"), layer_kinds=("lightning", "softmax"), slope_layers=2, **small)
 
 
 def prepare(folder: Path, models: tuple[str, ...]) -> None:
@@ -90,7 +88,9 @@ def checkpoint(folder: Path, model: str) -> None:
     """Write the model's checkpoint, with random weights."""
     from model_defs.checkpoint.create import create_checkpoint
 
-    create_checkpoint(config_of(model), folder / model)
+    create_checkpoint(
+        config_of(model), folder / model, with_tokenizer=model != "pair"
+    )  # none has so small a vocabulary
 
 
 def build_engine(folder: Path, model: str, target: str, device: str) -> None:
