@@ -83,7 +83,7 @@ def _memory_rows(ranks: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
 
 def _flattened(found: dict[str, Any]) -> dict[str, str]:
     """Small groups of values, one line each."""
-    groups = ("limits", "mapping", "checkpoint", "versions", "compiled_for", "stored_types", "opsets")
+    groups = ("quantization", "limits", "mapping", "checkpoint", "versions", "compiled_for", "stored_types", "opsets")
     return {
         name: ", ".join(f"{key} {value}" for key, value in found[name].items()) for name in groups if found.get(name)
     }
