@@ -43,7 +43,7 @@ class _Meeting:
     current = threading.local()
 
     def __init__(self, ranks: int) -> None:
-        self.barrier = threading.Barrier(ranks, timeout=60)
+        self.barrier = threading.Barrier(ranks, timeout=300)  # seconds; a hang, on however slow a machine
         self.values: list[Any] = [None] * ranks
 
     def exchange(self, rank: int, value: np.ndarray) -> list[np.ndarray]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -21,6 +23,7 @@ from engines.parallel.launch import _environment, find_launcher
 mpi4py = pytest.importorskip("mpi4py", reason="running several ranks needs mpi4py and an MPI launcher")
 
 ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 300
 RUN = ("-m", "mxcompile", "run")
 PROMPT = ("--tokens", "1,2,3", "--max-new-tokens", "12", "--threads", "1")
 
@@ -43,7 +46,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(**more), check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=LIMIT_S, env=environment(**more), check=False
+    )
 
 
 def mpirun(ranks: int, *arguments: str) -> list[str]:
@@ -99,16 +104,32 @@ def test_a_rank_killed_while_tokens_come_ends_the_run(workshop: Workshop) -> Non
         env=environment(),
     )
     assert process.stdout is not None
-    assert process.stdout.read(2)  # the first token
-    started = psutil.Process(process.pid).children(recursive=True)
     # The rank itself, not rank 0's session nor the process that computes rank 0's part.
-    victim = next(p for p in started if RUN[1] in p.cmdline() and p.environ().get("OMPI_COMM_WORLD_RANK") == "1")
-    victim.kill()
-    _, err = process.communicate(timeout=60)
+    while not (found := [p for p in family(process) if is_rank(p, "1")]):
+        assert process.poll() is None
+        time.sleep(0.05)
+    assert process.stdout.read(2)  # the first token
+    found[0].kill()
+    started = family(process) + found
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode != 0
     assert "rank 1" in err
-    _, alive = psutil.wait_procs(started, timeout=10)
+    _, alive = psutil.wait_procs(started, timeout=LIMIT_S)
     assert alive == []
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes under this one, none if it has ended."""
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(process.pid).children(recursive=True)
+    return []
+
+
+def is_rank(process: psutil.Process, rank: str) -> bool:
+    """Whether it is this rank of a command that mpirun has started."""
+    with contextlib.suppress(psutil.Error):  # just ended, or just begun
+        return RUN[1] in process.cmdline() and process.environ().get("OMPI_COMM_WORLD_RANK") == rank
+    return False
 
 
 def test_ctrl_c_ends_the_command_and_its_ranks(workshop: Workshop) -> None:
@@ -123,13 +144,15 @@ def test_ctrl_c_ends_the_command_and_its_ranks(workshop: Workshop) -> None:
     )
     assert process.stdout is not None
     assert process.stdout.read(1)  # the first token
-    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGSTOP)  # tokens are not to come to their end now
+    ranks = family(process)
     assert len(ranks) >= 2
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    process.send_signal(signal.SIGCONT)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130
     assert err == "error: interrupted\n"
-    _, alive = psutil.wait_procs(ranks, timeout=10)
+    _, alive = psutil.wait_procs(ranks, timeout=LIMIT_S)
     assert alive == []
 
 

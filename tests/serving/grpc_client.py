@@ -36,7 +36,7 @@ TYPES = {
     "frequency_penalty": "FP32",
 }
 ARRAYS = {"BYTES": np.object_, "INT32": np.int32, "FP32": np.float32, "UINT64": np.uint64, "BOOL": np.bool_}
-LIMIT_S = 120
+LIMIT_S = 300
 writing = threading.Lock()
 
 

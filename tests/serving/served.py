@@ -6,12 +6,14 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = "/v2/models/mxcompile"
-LIMIT_S = 120
+LIMIT_S = 300  # for what takes seconds: only a hang takes that long, on any machine
 
 
 @dataclass
@@ -78,18 +80,24 @@ class Served:
 
     def wait_idle(self) -> None:
         """Return when no request holds or awaits a slot any more."""
-        # The numbers come once a second: two must have come since.
-        end, quiet = time.monotonic() + 60, 0
-        while quiet < 3:
-            assert time.monotonic() < end, "a slot is leaked"
-            time.sleep(0.6)
-            busy = self.metric("active_requests") + self.metric("waiting_requests")
-            quiet = 0 if busy else quiet + 1
+        # The numbers come once a second: a short request shows when they are new. The queue may be full before.
+        before = self.metric("requests_total", end="finished")
+        probe = {"input_ids": [1], "max_tokens": 1}
+        until(lambda: self.post("generate", probe)[0] == 200, "a short request is not answered")
+        until(lambda: self.metric("requests_total", end="finished") > before, "no numbers come")
+        until(lambda: not self.metric("active_requests") + self.metric("waiting_requests"), "a slot is leaked")
+
+    def wait_logged(self, text: str) -> None:
+        """Return when this is in the log: a server may answer before it writes there."""
+        until(lambda: text in self.log.read_text(), f"not in the log: {text}")
 
     def engine_process(self) -> psutil.Process:
         """The process that holds the engine."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        return next(p for p in family if "mxcompile.serving.worker" in p.cmdline())
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # another one, which has just ended
+                if "mxcompile.serving.worker" in process.cmdline():
+                    return process
+        raise AssertionError("there is no engine process now")
 
     def stop(self) -> int:
         """SIGTERM, and the exit status."""
@@ -126,10 +134,22 @@ def listed(value: int | list[int]) -> list[int]:
     return value if isinstance(value, list) else [value]
 
 
+def until(true: Callable[[], object], otherwise: str) -> None:
+    """Return as soon as it is true; fail when it is not after a long time."""
+    end = time.monotonic() + LIMIT_S
+    while not true():
+        assert time.monotonic() < end, otherwise
+        time.sleep(0.05)
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Ports that nobody listens on, and that the system gives to nobody else: below those that it takes for connections."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    found: list[int] = []
+    for port in random.sample(range(min(10_000, first - 1_000), first), 1_000):
+        with contextlib.suppress(OSError), socket.socket() as one:
+            one.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError("no ports are free")

@@ -27,7 +27,7 @@ from typing import Any
 
 from served import Served, launch
 from soak_actions import MAX_QUEUE, Clients, Tally
-from soak_clients import GrpcClients, triton_http
+from soak_clients import MAX_WAIT_S, GrpcClients, triton_http
 from soak_questions import Questions, ask
 from soak_watch import LEAK_BYTES, Killer, Memory, ready
 
@@ -52,6 +52,7 @@ def soak(
     Returns what happened; its "wrong" is empty when all went well.
     """
     options = ("--max-queue", MAX_QUEUE, "--cache-mib", CACHE_MIB, "--state-dir", folder / "states")
+    options += ("--max-wait", MAX_WAIT_S)
     server = launch(engine, folder / "server.log", venv, *options)
     tally = Tally()
     try:

@@ -221,7 +221,7 @@ class Clients:
                 data = given if isinstance(given, bytes) else json.dumps(given).encode()
                 reply = raw(server.http, path_of(source.choice(["generate", "generate_stream"])), data)
         error = reply.error or ""
-        if self._may_fail and "being started again" in error:
+        if self._may_fail and DOWN.match(_message(error)):
             self._tally.count("refused: engine down")
         elif not error or not re.search(expected, error) or "Traceback" in error or 'File "' in error:
             self._tally.fault(f"not refused clearly, should say {expected!r}: {reply}")
@@ -304,3 +304,12 @@ class Clients:
             self._tally.count("refused: engine down")
         else:
             self._tally.fault(f"{how}: refused with {reply.status} {error!r}")
+
+
+def _message(error: str) -> str:
+    """What an error's body says, in either API's form; the text itself where it is no such body."""
+    try:
+        said = json.loads(error.removeprefix("data:"))["error"]
+    except (ValueError, KeyError, TypeError):
+        return error
+    return str(said["message"] if isinstance(said, dict) else said)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from served import Served
+from served import LIMIT_S, Served
 
 SAMPLE_S = 1.0
 LEAK_BYTES = 256
@@ -95,7 +95,7 @@ class Memory:
                 for role in self._processes
                 if not report[role]["flat"]
             ]
-        end = time.monotonic() + 30
+        end = time.monotonic() + LIMIT_S
         while True:
             ready(server)  # a pool closes what has idled at its next request only
             now = self._descriptors()
@@ -118,7 +118,7 @@ class Memory:
 def ready(server: Served) -> bool:
     """What a load balancer is told."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.openai}/health/ready", timeout=10) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.openai}/health/ready", timeout=LIMIT_S) as response:
             return bool(response.status == 200)
     except urllib.error.HTTPError:
         return False
@@ -138,26 +138,30 @@ class Killer:
         source = random.Random(seed)
         while time.monotonic() + every_s < end:
             time.sleep(every_s * source.uniform(0.5, 1.0))
-            self.kill("engine process" if len(self.killed) % 4 == 3 else "rank", source)
+            try:
+                self.kill("engine process" if len(self.killed) % 4 == 3 else "rank", source)
+            except Exception as error:  # nobody else would see it
+                self.faults.append(f"no more kills: {type(error).__name__}: {error}")
+                return
 
     def kill(self, what: str, source: random.Random) -> None:
-        engine = self.server.engine_process()
-        ranks = [
-            process
-            for process in engine.children(recursive=True)
-            if "engines.parallel.worker" in process.cmdline() and process.name().startswith("python")
-        ]
-        (engine if what == "engine process" else source.choice(ranks)).kill()
+        """Return when the server has noticed and serves again."""
+        engine, restarts = self.server.engine_process(), self.server.metric("engine_restarts_total")
+        (engine if what == "engine process" else source.choice(self._ranks(engine))).kill()
         self.killed.append(what)
         start = time.monotonic()
-        while ready(self.server):
-            if time.monotonic() - start > 30:
-                self.faults.append(f"a killed {what} left the server ready")
-                return
-            time.sleep(0.02)
-        while not ready(self.server):
-            if time.monotonic() - start > 120:
-                self.faults.append(f"not ready again 120 s after a killed {what}")
+        # Not that it is not ready, which may be over before anybody has looked.
+        while self.server.metric("engine_restarts_total") == restarts or not ready(self.server):
+            if time.monotonic() - start > LIMIT_S:
+                self.faults.append(f"not ready again {LIMIT_S} s after a killed {what}")
                 return
             time.sleep(0.02)
         self.outages_s.append(round(time.monotonic() - start, 2))
+
+    def _ranks(self, engine: psutil.Process) -> list[psutil.Process]:
+        found = []
+        for process in engine.children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if "engines.parallel.worker" in process.cmdline() and process.name().startswith("python"):
+                    found.append(process)
+        return found

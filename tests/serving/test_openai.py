@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from served import LIMIT_S, until
 
 from mxcompile.chat import render
 
@@ -274,15 +275,13 @@ def test_requests_have_names(client, server):
     asked = dict(model="mxcompile", prompt="a", max_tokens=2, user="the body says")
     answer = client.completions.with_raw_response.create(**asked, extra_headers=headers)
     assert answer.headers["x-request-id"] == "my-request-7"
-    log = server.log.read_text()
-    assert '"request_id": "my-request-7", "client": "the proxy says"' in log, "the engine's line"
-    assert '"request_id": "my-request-7", "path": "/v1/completions", "status": 200' in log, "the front's line"
+    server.wait_logged('"request_id": "my-request-7", "client": "the proxy says"')  # the engine's line
+    server.wait_logged('"request_id": "my-request-7", "path": "/v1/completions", "status": 200')  # the front's line
     client.completions.create(**asked, extra_headers={"X-Request-Id": "next"})
     client.completions.create(model="mxcompile", prompt="a", max_tokens=2, extra_headers={"X-Request-Id": "last"})
-    log = server.log.read_text()
-    assert '"request_id": "next", "client": "the body says"' in log
+    server.wait_logged('"request_id": "next", "client": "the body says"')
     key = hashlib.sha256(b"none").hexdigest()[:16]
-    assert f'"request_id": "last", "client": "key:{key}"' in log
+    server.wait_logged(f'"request_id": "last", "client": "key:{key}"')
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(**asked, extra_headers={"X-Request-Id": "not\tusable"}, extra_body={"n": 0})
     assert len(refused.value.response.headers["x-request-id"]) == 32
@@ -313,12 +312,12 @@ def test_leaving_a_stream_frees_its_slot(client, server):
 
 def test_health_and_metrics(server):
     def read(path):
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.openai}{path}", timeout=30) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.openai}{path}", timeout=LIMIT_S) as response:
             return response.read().decode()
 
     assert read("/health/live") == "live\n"
     assert read("/health/ready") == "ready\n"
-    assert "mxcompile_time_to_first_token_seconds_bucket" in read("/metrics")
+    until(lambda: "mxcompile_time_to_first_token_seconds_bucket" in read("/metrics"), "no numbers come")
     with pytest.raises(urllib.error.HTTPError):
         read("/docs")
     documented = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
@@ -331,10 +330,10 @@ def test_health_and_metrics(server):
 
 def test_a_full_queue_and_a_stop_with_running_streams(start_server):
     """Too much is refused with a time to come back; SIGTERM lets a running stream end and refuses new requests."""
-    server = start_server("--max-queue", 100, "--max-queue-per-client", 50)
+    server = start_server("--max-queue", 20, "--max-queue-per-client", 10, "--drain", LIMIT_S)
     with openai.OpenAI(base_url=f"http://127.0.0.1:{server.openai}/v1", api_key="none", max_retries=0) as client:
-        many = dict(model="mxcompile", prompt=[1], max_tokens=300, n=128, stream=True, user="many")
-        with client.completions.create(**many) as stream:
+        many = dict(model="mxcompile", prompt=[1], max_tokens=300, stream=True, extra_body={"ignore_eos": True})
+        with client.completions.create(**many, n=128, user="many") as stream:
             next(iter(stream))
             for user, status in (("many", 429), ("other", 503)):
                 with pytest.raises(openai.APIStatusError, match="are waiting already") as refused:
@@ -342,15 +341,19 @@ def test_a_full_queue_and_a_stop_with_running_streams(start_server):
                 assert refused.value.status_code == status
                 assert refused.value.response.headers["retry-after"] == "1"
         server.wait_idle()
-        with client.completions.create(
-            model="mxcompile", prompt=[2], max_tokens=250, temperature=0, stream=True
-        ) as stream:
+
+        def ask_until_refused():
+            while True:
+                client.completions.create(model="mxcompile", prompt="a", max_tokens=1)
+
+        with client.completions.create(**many, n=16) as stream:
             pieces = iter(stream)
             first = next(pieces)
             server.process.terminate()
+            with pytest.raises((openai.APIConnectionError, openai.InternalServerError)):
+                ask_until_refused()
             rest = list(pieces)
         assert first.choices[0].finish_reason is None
-        assert rest[-1].choices[0].finish_reason in ("length", "stop")
-        with pytest.raises((openai.APIConnectionError, openai.InternalServerError)):
-            client.completions.create(model="mxcompile", prompt="a")
+        ends = [piece.choices[0].index for piece in rest if piece.choices[0].finish_reason == "length"]
+        assert sorted(ends) == list(range(16)), "every answer came to its end"
     assert server.stop() == 0, server.log.read_text()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from served import LIMIT_S, Served, free_ports
 
 from engines.errors import EngineError
 from mxcompile.errors import MxcompileError
@@ -18,7 +19,7 @@ from mxcompile.serving.worker import Settings
 
 def command(*arguments):
     asked = [sys.executable, "-m", "mxcompile", "triton", *map(str, arguments)]
-    return subprocess.run(asked, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(asked, capture_output=True, text=True, timeout=LIMIT_S, check=False)
 
 
 def test_the_repository_is_whole_and_loads_without_the_engine_folder(engine, tmp_path):
@@ -74,13 +75,11 @@ def test_other_folders_are_not_touched(engine, tmp_path):
 
 def test_triton_serves_a_written_repository(installation, engine, tmp_path):
     """A server that was not started by `mxcompile serve`, on a copied engine."""
-    from served import Served, free_ports
-
     write_repository(engine, tmp_path / "repo", settings=Settings("", threads=1))
     http, grpc, metrics = free_ports(3)
     ports = {"http_port": http, "grpc_port": grpc, "metrics_port": metrics}
     with (tmp_path / "log").open("w") as log, TritonServer(installation, tmp_path / "repo", log=log, **ports) as server:
-        server.wait_ready(120)
+        server.wait_ready(LIMIT_S)
         status, values = Served(None, None, 0, http, grpc, metrics).post("generate", {"text_input": "a"})
         assert status == 200
         assert values["num_output_tokens"] >= 1
@@ -88,8 +87,6 @@ def test_triton_serves_a_written_repository(installation, engine, tmp_path):
 
 
 def test_a_model_that_cannot_start_says_why(installation, engine, tmp_path):
-    from served import free_ports
-
     folder = write_repository(engine, tmp_path / "repo", settings=Settings("", threads=1))
     (folder / "1" / "engine" / "rank0.onnx").write_bytes(b"damaged")
     http, grpc, metrics = free_ports(3)
@@ -99,5 +96,5 @@ def test_a_model_that_cannot_start_says_why(installation, engine, tmp_path):
         TritonServer(installation, tmp_path / "repo", log=log, **ports) as server,
         pytest.raises(MxcompileError, match="ended while it was starting"),
     ):
-        server.wait_ready(120)
+        server.wait_ready(LIMIT_S)
     assert "rebuild the engine" in (tmp_path / "log").read_text()

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from served import listed
+from served import LIMIT_S, listed
 
 CLIENT = Path(__file__).with_name("grpc_client.py")
 
@@ -35,7 +35,7 @@ def test_details_penalties_echo_and_names_over_grpc(server, installation, loaded
         input=json.dumps(request) + "\n",
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT_S,
         check=False,
     )
     found = json.loads(done.stdout)
@@ -49,7 +49,7 @@ def test_details_penalties_echo_and_names_over_grpc(server, installation, loaded
     for entry, logprobs in zip(details, expected.logprobs, strict=True):
         assert entry["logprob"] == pytest.approx(logprobs.chosen, abs=1e-3)
         assert [one["logprob"] for one in entry["top"]] == pytest.approx([v for _, v in logprobs.top], abs=1e-3)
-    assert '"request_id": "named-by-grpc", "client": "correlation id 77"' in server.log.read_text()
+    server.wait_logged('"request_id": "named-by-grpc", "client": "correlation id 77"')
 
 
 @pytest.mark.parametrize(
