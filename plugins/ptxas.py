@@ -1,7 +1,8 @@
 """What ptxas says about each kernel: registers, shared memory, spills, serialised wgmma, ignored setmaxnreg.
 
 Run as a program it stands before nvcc (`python ptxas.py nvcc ... -o x.o`): it runs the command, fails where a kernel spills,
-wgmma is serialised or setmaxnreg ignored, and leaves what it read in `x.o.ptxas.json`. Standard library only: CMake runs it with any Python.
+wgmma is serialised or setmaxnreg ignored, and leaves what it read in `x.o.ptxas.json`. Standard library only: CMake runs it with
+any Python.
 """
 
 from __future__ import annotations
