@@ -10,6 +10,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -36,6 +37,8 @@ VERBS = {
     "plugins": "Build or list the CUDA kernels and the TensorRT plugin library.",
 }
 """Verb -> its help line. The module `mxcompile.cli.VERB` holds its `command`."""
+_SIGNALS = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}  # what each raises in the main thread
+_AGAIN_S = 0.02
 
 
 class LazyGroup(click.Group):
@@ -112,6 +115,19 @@ def _terminate_cleanly() -> None:
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, stop)
+    before = sys.unraisablehook
+
+    def again(dropped: sys.UnraisableHookArgs) -> None:
+        """Python drops what is raised in a destructor or in the callback of a weak reference, and torch has many: a signal
+        that arrives there comes once more, a moment later.
+        """
+        number = next((n for kind, n in _SIGNALS.items() if isinstance(dropped.exc_value, kind)), None)
+        if number is None:
+            before(dropped)
+        else:  # from another thread: raised in here it would be dropped again
+            threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number)).start()
+
+    sys.unraisablehook = again
 
 
 if __name__ == "__main__":

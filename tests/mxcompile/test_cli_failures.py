@@ -229,7 +229,7 @@ def test_an_interrupted_build_leaves_nothing(tiny_checkpoint, tmp_path, number, 
         if line.startswith(f"{stage}:"):
             break
     process.send_signal(number)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     if process.returncode == 0:  # the signal came when all was done
         assert stage == "trace"
         return
@@ -238,3 +238,32 @@ def test_an_interrupted_build_leaves_nothing(tiny_checkpoint, tmp_path, number, 
     assert err.endswith(words)
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [("SIGINT", 130, "error: interrupted\n"), ("SIGTERM", 143, ""), ("ZeroDivisionError", 0, "zero")],
+)
+def test_a_signal_that_arrives_in_a_destructor_is_not_lost(number, code, words):
+    """Where Python drops whatever is raised. Other mistakes there are told as ever, and end nothing."""
+    raising = f"os.kill(os.getpid(), signal.{number})" if number.startswith("SIG") else "1 / 0"
+    script = f"""
+import os, signal, sys, time
+from mxcompile.cli import main
+class Dropping:
+    def __del__(self):
+        {raising}
+        for _ in range(1000):
+            pass
+def run(arguments):
+    Dropping()
+    time.sleep({600 if code else 0})
+    return 0
+main._run = run
+main.main([])
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment())
+    assert done.returncode == code
+    assert words in done.stderr
+    assert ("Traceback" in done.stderr) == (code == 0)
