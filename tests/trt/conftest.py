@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import onnx_ir as ir
 import pytest
 from engine_limits import LIMITS
 
+from model_defs.config import ModelConfig
+from mxcompile import tensorrt_building
 from mxcompile.building import BuildSummary, build
 from mxcompile.checkpoints import create_checkpoint
 from plugins.build import BuildResult
@@ -25,6 +28,22 @@ _PLUGINS = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(_PLUGINS)
 plugin_build = _PLUGINS.plugin_build
 pytest_collection_modifyitems = _PLUGINS.pytest_collection_modifyitems
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Builds of one configuration and type in this process share a trace, which takes longer than the rest of a small build."""
+    trace, known = tensorrt_building.graph, dict[tuple[str, str], ir.Model]()
+
+    def graph(config: ModelConfig, dtype: str) -> ir.Model:
+        key = (repr(config), dtype)
+        if key not in known:
+            known[key] = trace(config, dtype)
+        return known[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensorrt_building, "graph", graph)
+        yield
 
 
 @pytest.fixture(scope="session")
