@@ -9,13 +9,14 @@ Shape suffixes: B rows, P compared positions, n tokens of the images of a prompt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.config import VisionHalf
-from engines.interface import Session
+from engines.interface import ImageSession, Session
 from engines.vision.layout import best_resolution, token_rows
 from engines.vision.pixels import PreparedImage
 from engines.vision.prompts import expand
@@ -42,7 +43,10 @@ def check_images(bench: Bench) -> tuple[list[Check], list[GreedyRun], Fault | No
         bench.not_run.append(NotRun("images", "the reference has no vision half"))
         return [], [], None
     images = [_noise(vision, shape, bench.options.seed + index) for index, shape in enumerate(SHAPES)]
-    checks = [_check_features(bench, image) for image in images]
+    shown_by = {id(session): _Shown(session, vision, images) for session in (bench.engine, bench.reference)}
+    engine, reference = shown_by[id(bench.engine)], shown_by[id(bench.reference)]
+    features = zip(images, engine.features, reference.features, strict=True)
+    checks = [_check_features(*of_image) for of_image in features]
     wrong = next((check for check in checks if not check.passed), None)
     if wrong is not None:
         measure = wrong.measures[0]
@@ -53,22 +57,20 @@ def check_images(bench: Bench) -> tuple[list[Check], list[GreedyRun], Fault | No
             NotRun("prompts with images", "this engine is judged by a yardstick, which runs text only")
         )
         return checks, [], None
-    prompt = _longest_prompt(bench, vision, images)
-    if prompt is None:
+    tokens = _longest_prompt(bench, vision, images)
+    if tokens is None:
         wanted = images[0].tokens + 2 * TEXT + bench.options.decode_steps
         reason = f"the engine takes {bench.engine.max_seq_len} tokens, the smallest prompt with an image has {wanted}"
         bench.not_run.append(NotRun("prompts with images", reason))
         return checks, [], None
     on_text = list(bench.failed)
-    checks += _check_prompt(bench, vision, *prompt)
-    tokens, shown = prompt
+    checks += _check_prompt(bench, tokens, engine, reference)
     fitting = min(bench.options.greedy_tokens, bench.longest - len(tokens))
-    place = {id(session): placing(session, vision, tokens, shown) for session in (bench.engine, bench.reference)}
-    (check, run), *_ = continue_greedily(bench, [tokens], fitting, lambda session, state: place[id(session)](state))
-    check.group, check.case = (
-        "Greedy answer about images against PyTorch",
-        f"{fitting} tokens behind {_case(tokens, shown)}",
+    (check, run), *_ = continue_greedily(
+        bench, [tokens], fitting, lambda session, state: shown_by[id(session)].place(tokens, state)
     )
+    check.group = "Greedy answer about images against PyTorch"
+    check.case = f"{fitting} tokens behind {engine.case(tokens)}"
     checks.append(check)
     bench.failed[:] = on_text  # what is repeated to find a layer is repeated without images
     return checks, [run], None if on_text else _fault_with_images(checks)
@@ -85,13 +87,23 @@ def _fault_with_images(checks: list[Check]) -> Fault | None:
     return Fault(None, "vision half", part, wrong.case, wrong.worst.name, wrong.worst.value, wrong.worst.limit)
 
 
-def placing(
-    session: Session, vision: VisionHalf, tokens: NDArray[np.int64], images: list[PreparedImage]
-) -> Callable[[Any], None]:
-    """What lets a fresh state's only row show `images` at the image tokens of `tokens`, with the session's own features."""
-    features_nD = session.image_features(images)  # type: ignore[attr-defined]
-    places_n = np.flatnonzero(tokens == vision.image_token_id)
-    return lambda state: state.place_images(0, places_n, features_nD)
+class _Shown:
+    """The images as one session sees them: its own features, computed once. Images stand in a prompt in this order."""
+
+    def __init__(self, session: Session, vision: VisionHalf, images: list[PreparedImage]) -> None:
+        self.mark = vision.image_token_id
+        self.features = [cast(ImageSession, session).image_features([image]) for image in images]
+
+    def place(self, tokens: NDArray[np.int64], state: Any) -> None:
+        """Let a fresh state's only row show the images at the image tokens of `tokens`: as many as there are places for."""
+        places_n = np.flatnonzero(tokens == self.mark)
+        state.place_images(0, places_n, np.concatenate(self.features)[: len(places_n)])
+
+    def case(self, tokens: NDArray[np.int64]) -> str:
+        """A prompt in words."""
+        ends = np.cumsum([len(features_nD) for features_nD in self.features])
+        count = 1 + int(np.searchsorted(ends, int((tokens == self.mark).sum())))
+        return f"{len(tokens)} tokens with {count} image{'s' if count > 1 else ''}"
 
 
 def _noise(vision: VisionHalf, shape: tuple[float, float], seed: int) -> PreparedImage:
@@ -103,8 +115,7 @@ def _noise(vision: VisionHalf, shape: tuple[float, float], seed: int) -> Prepare
     return PreparedImage(f"{size[1]} x {size[0]} pixels", size, tiles, token_rows(size, vision))
 
 
-def _check_features(bench: Bench, image: PreparedImage) -> Check:
-    engine_nD, reference_nD = (s.image_features([image]) for s in (bench.engine, bench.reference))  # type: ignore[attr-defined]
+def _check_features(image: PreparedImage, engine_nD: NDArray[np.float32], reference_nD: NDArray[np.float32]) -> Check:
     same = engine_nD.shape == reference_nD.shape
     errors_n = metrics.relative_norm(reference_nD, engine_nD) if same else np.array([np.inf])
     worst = int(np.argmax(errors_n))
@@ -114,64 +125,47 @@ def _check_features(bench: Bench, image: PreparedImage) -> Check:
     return Check(FEATURES_GROUP, image.name, [measure], len(errors_n), len(errors_n))
 
 
-def _longest_prompt(
-    bench: Bench, vision: VisionHalf, images: list[PreparedImage]
-) -> tuple[NDArray[np.int64], list[PreparedImage]] | None:
-    """Text around as many of the images as fit, smallest last to go."""
-    ordered = sorted(images, key=lambda image: image.tokens)
+def _longest_prompt(bench: Bench, vision: VisionHalf, images: list[PreparedImage]) -> NDArray[np.int64] | None:
+    """Text around as many of the images as fit."""
     text = bench.prompt(TEXT, row=4)
     text[text == vision.image_token_id] = 0
-    for count in range(len(ordered), 0, -1):
-        shown = ordered[:count]
-        ids = text.tolist()
-        for _ in shown:
-            ids += [vision.image_token_id, *text]
-        tokens = np.asarray(expand(ids, shown, vision.image_token_id), np.int64)
+    for count in range(len(images), 0, -1):
+        ids = [*text, *(token for _ in range(count) for token in (vision.image_token_id, *text))]
+        tokens = np.asarray(expand(ids, images[:count], vision.image_token_id), np.int64)
         if len(tokens) + bench.options.decode_steps <= bench.longest:
-            return tokens, shown
+            return tokens
     return None
 
 
-def _case(tokens: NDArray[np.int64], shown: list[PreparedImage]) -> str:
-    return f"{len(tokens)} tokens with {len(shown)} image{'s' if len(shown) > 1 else ''}"
-
-
-def _check_prompt(
-    bench: Bench, vision: VisionHalf, prompt: NDArray[np.int64], shown: list[PreparedImage]
-) -> Iterator[Check]:
+def _check_prompt(bench: Bench, prompt: NDArray[np.int64], engine: _Shown, reference: _Shown) -> Iterator[Check]:
     """Prefill and decode behind a prompt with images against PyTorch, and the same prompt in chunks against one piece."""
     steps, judge, length = bench.options.decode_steps, bench.judge, len(prompt)
-    text = bench.prompt(steps, row=5)
-    text[text == vision.image_token_id] = 0
-    tokens = np.concatenate([prompt, text])
+    tokens = np.concatenate([prompt, np.where((text := bench.prompt(steps, row=5)) == engine.mark, 0, text)])
     pieces = [[length], *([[1]] * steps)]
-    place, place_reference = (placing(session, vision, prompt, shown) for session in (bench.engine, bench.reference))
-    reference = [
-        observe(bench.reference, [tokens], pieces, want="margins", snapshot_after=[1], prepare=place_reference)[0]
-    ]
-    compared = judge.compare(
-        _case(prompt, shown), reference, observe(bench.engine, [tokens], pieces, snapshot_after=[1], prepare=place)
-    )
+    place, place_reference = partial(engine.place, prompt), partial(reference.place, prompt)
+    expected = observe(bench.reference, [tokens], pieces, want="margins", snapshot_after=[1], prepare=place_reference)
+    found = observe(bench.engine, [tokens], pieces, snapshot_after=[1], prepare=place)
+    compared = judge.compare(engine.case(prompt), expected, found)
     yield judge.logits_check("Prefill logits with images against PyTorch", compared, lambda p: p < length)
     yield judge.states_check("States after images against PyTorch", compared, lambda row: length)
     yield judge.logits_check("Decode logits behind images against PyTorch", compared, lambda p: p >= length)
     whole = observe(bench.engine, [prompt], prepare=place)
-    margins = [observe(bench.reference, [prompt], want="margins", prepare=place_reference)[0]]
+    margins = observe(bench.reference, [prompt], want="margins", prepare=place_reference)
     for chunk in bench.options.chunks:
-        yield from _chunked(bench, prompt, shown, chunk, place, whole, margins)
+        yield from _chunked(bench, prompt, f"{engine.case(prompt)} in chunks of {chunk}", chunk, place, whole, margins)
 
 
 def _chunked(
     bench: Bench,
     prompt: NDArray[np.int64],
-    shown: list[PreparedImage],
+    case: str,
     chunk: int,
     place: Callable[[Any], None],
     whole: list[RowTrace],
     margins: list[RowTrace],
 ) -> Iterator[Check]:
     """In pieces by `forward` and by `prefill`: chunks that end inside images, and equal one piece."""
-    judge, case = bench.judge, f"{_case(prompt, shown)} in chunks of {chunk}"
+    judge = bench.judge
     pieced = observe(bench.engine, [prompt], in_chunks([prompt], chunk), prepare=place)
     compared = judge.compare(case, whole, pieced, margins)
     logits = judge.logits_check("Chunked prefill with images against one piece", compared)
