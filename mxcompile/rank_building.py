@@ -200,7 +200,7 @@ def _in_processes(tasks: list[RankTask], reports: list[Report], jobs: int, scrat
         while waiting or running:
             while waiting and len(running) < jobs:
                 rank = waiting.pop(0)
-                running[rank] = _start(rank, tasks[rank], scratch, events)
+                _start(rank, tasks[rank], scratch, events, running)
             rank, event = events.get()
             if "stage" in event:
                 reports[rank](event["stage"], event["done"], event["total"])
@@ -209,7 +209,7 @@ def _in_processes(tasks: list[RankTask], reports: list[Report], jobs: int, scrat
             elif "error" in event:
                 _fail(rank, event)
             else:
-                del running[rank]
+                _close(running.pop(rank))
                 if rank not in built:
                     _fail(rank, _unexpected(event["ended"], scratch / f"rank{rank}.log"))
     return [built[rank] for rank in range(len(tasks))]
@@ -225,15 +225,28 @@ def _stopped(running: dict[int, subprocess.Popen[bytes]]) -> Iterator[None]:
             process.kill()
         for process in running.values():
             process.wait()
+            _close(process)
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    """Close the pipe to an ended process, which may have left some of its task unread."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
 
 
 def _start(
-    rank: int, task: RankTask, scratch: Path, events: queue.Queue[tuple[int, dict[str, Any]]]
-) -> subprocess.Popen[bytes]:
+    rank: int,
+    task: RankTask,
+    scratch: Path,
+    events: queue.Queue[tuple[int, dict[str, Any]]],
+    running: dict[int, subprocess.Popen[bytes]],
+) -> None:
+    """Start a rank's process, which is in `running` as soon as it is there: Ctrl-C may come at any moment."""
     root = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with (scratch / f"rank{rank}.log").open("wb") as log:
-        process = subprocess.Popen(
+        process = running[rank] = subprocess.Popen(
             [sys.executable, "-m", "mxcompile.rank_job"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -250,11 +263,11 @@ def _start(
     def listen() -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            events.put((rank, json.loads(line)))
+            with contextlib.suppress(ValueError):  # half a line of a killed process: its end will tell
+                events.put((rank, json.loads(line)))
         events.put((rank, {"ended": process.wait()}))
 
     threading.Thread(target=listen, daemon=True).start()
-    return process
 
 
 def _fail(rank: int, event: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.machine  # no Python package brings a browser with the 
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WIDTHS = (400, 1600)
+LIMIT_MS = 300_000  # a hang, on however slow a machine
 LEGIBLE = 4.5  # contrast that WCAG 2.2 asks of text (AA)
 
 OVERFLOW = """() => {
@@ -64,7 +65,9 @@ def browser():
     api = pytest.importorskip("playwright.sync_api")
     with api.sync_playwright() as playwright:
         started = playwright.chromium.launch(
-            executable_path=found, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+            executable_path=found,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+            timeout=LIMIT_MS,
         )
         yield started
         started.close()
@@ -102,6 +105,7 @@ def opened(browser, address):
     def open_page(width, scheme="light"):
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         contexts.append(context)
+        context.set_default_timeout(LIMIT_MS)
         page = context.new_page()
         page.complaints = []
         page.on("console", lambda message: page.complaints.append(message.text))

@@ -218,7 +218,7 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(tmp_path: Path) -> No
     script = (
         "import sys, time\nfrom engines.directory import EngineDirWriter\n"
         f"with EngineDirWriter({str(tmp_path / 'engine')!r}) as writer:\n"
-        "    writer.write('rank0.onnx', b'graph')\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "    writer.write('rank0.onnx', b'graph')\n    print('ready', flush=True)\n    time.sleep(600)\n"
     )
     for how, remains in ((signal.SIGINT, False), (signal.SIGKILL, True)):
         with subprocess.Popen(
@@ -227,7 +227,7 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(tmp_path: Path) -> No
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
             process.send_signal(how)
-            process.wait(timeout=20)
+            process.wait(timeout=300)
         assert not (tmp_path / "engine").exists()
         assert bool(leftovers(tmp_path)) == remains
     write(tmp_path / "engine")  # the next build clears up after the killed one

@@ -271,7 +271,7 @@ import mxcompile
 print(len(mxcompile.load({str(tiny_engine)!r}).generate("hello", max_new_tokens=3).tokens))
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True, env=environment()
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True, env=environment()
     )
     assert done.stdout == "3\n"
 
@@ -285,7 +285,7 @@ from mxcompile.cli.main import main
 main(["build", {str(tiny_checkpoint)!r}, "-o", {str(tmp_path / "e")!r}])
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False, env=environment()
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False, env=environment()
     )
     assert done.returncode == 3
     assert "pip install 'mxcompile[build]'" in done.stderr

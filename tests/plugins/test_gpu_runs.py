@@ -52,7 +52,7 @@ def test_a_crash_and_a_hang_cost_one_test_each(tmp_path: Path) -> None:
     (tmp_path / "test_made_up.py").write_text(TESTS)
     env = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks" / "gpu")}
     arguments = [str(tmp_path / "test_made_up.py"), f"--rootdir={tmp_path}", "-c", os.devnull]
-    found = run.run_group("made up", arguments, tmp_path / "log", 300, 8, env)
+    found = run.run_group("made up", arguments, tmp_path / "log", 500, 20, env)  # seconds: for all, for one step
     wrong = {name.rpartition("::")[2]: record["outcome"] for name, record in found["wrong"].items()}
     assert wrong.pop("test_hangs").startswith("hung")
     assert wrong == {"test_crashes": "crashed: exit code 9", "test_fails": "failed"}

@@ -152,7 +152,7 @@ class Meeting:
 
 def on_ranks(ranks: int, work: Callable[[int], Any]) -> list[Any]:
     """What `work(rank)` gives on each rank, all ranks at once, exchanging with each other."""
-    barrier, values = threading.Barrier(ranks, timeout=60), [None] * ranks
+    barrier, values = threading.Barrier(ranks, timeout=300), [None] * ranks
 
     def one(rank: int) -> Any:
         Meeting.here.current = Meeting(barrier, values, rank)
