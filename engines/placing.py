@@ -92,6 +92,7 @@ def _write_derived(
             )
             _refer(value, data_name, offset, array.nbytes)
             report("bind weights", offset + array.nbytes, total)
+            del array  # before the next one is made: experts of a layer are gigabytes
     written = writer.record(data_name)
     files.append(WeightFile("engine", data_name, written.size, written.sampled))
     return records
