@@ -21,6 +21,7 @@ _LIBRARIES = (
     "numpy",
     "ml_dtypes",
     "tokenizers",
+    "pillow",
     "onnxruntime",
     *_BUILD,
     "transformers",

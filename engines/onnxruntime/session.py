@@ -25,6 +25,7 @@ from engines.onnxruntime.state import OrtState
 from engines.onnxruntime.vision import OrtTower, image_width
 from engines.plan import Run
 from engines.ragged import RaggedSession
+from engines.vision.layout import check_half
 from engines.vision.pixels import PreparedImage
 from engines.weights import map_weights
 
@@ -71,6 +72,8 @@ def load(
     weights = map_weights(folder, config, files.weights, moved, whole=verify == "full")
     prefill_graph = folder / files.prefill_graph if files.prefill_graph is not None else None
     vision = config.vision
+    if vision is not None:
+        check_half(vision, config.vocab_size)
 
     def vision_weights() -> dict[str, np.ndarray]:
         assert vision is not None

@@ -57,10 +57,11 @@ class OrtTower:
             piece = np.ascontiguousarray(tiles_NCYX[start : start + TILES_AT_A_TIME], np.float32)
             try:
                 (found,) = self._session.run([FEATURES], {PIXELS: piece})
+                # The next piece overwrites the newline.
+                rows_MD[start * patches : (start + len(piece)) * patches + 1] = found
             except Exception as error:
                 text = str(error).splitlines()[0]
                 raise EngineError(f"ONNX Runtime failed on an image: {text}", exit_code=ENVIRONMENT) from error
-            rows_MD[start * patches : start * patches + len(found)] = found  # the next piece overwrites the newline
         return rows_MD
 
     def features(self, images: Sequence[PreparedImage]) -> NDArray[np.float32]:

@@ -14,8 +14,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.config import VisionHalf
+from engines.errors import EngineError
 
+MOST_PIXELS, MOST_RESOLUTIONS, MOST_TILES = 4096, 1024, 64
 Size = tuple[int, int]
+
+
+def check_half(vision: VisionHalf, vocab_size: int) -> None:
+    """Raises EngineError unless the numbers of an engine's configuration, an untrusted file, are ones that images can be cut by."""
+    tile, side = vision.tile, vision.patches_per_side
+    sound = (
+        0 < tile <= MOST_PIXELS
+        and 0 < side <= tile
+        and 0 <= vision.image_token_id < vocab_size
+        and 0 < len(vision.pinpoints) <= MOST_RESOLUTIONS
+        and all(
+            len(pair) == 2 and min(pair) > 0 and not (pair[0] % tile or pair[1] % tile) for pair in vision.pinpoints
+        )
+        and all(pair[0] * pair[1] <= MOST_TILES * tile * tile for pair in vision.pinpoints)
+        and len(vision.mean) == len(vision.std) == 3
+        and all(0 < std < 1e3 for std in vision.std)
+        and all(abs(mean) < 1e3 for mean in vision.mean)
+    )
+    if not sound:
+        raise EngineError("the engine's description of its vision half makes no sense; rebuild the engine")
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Sequence[int]]) -> Size:

@@ -33,7 +33,7 @@ class PlacedImages:
     def put(self, row: int, positions_n: NDArray[np.int64], features_nD: NDArray[np.float32], length: int) -> None:
         """Let features take the places of tokens that `row`, of `length` tokens so far, gets later; replaces what waits there.
 
-        Raises EngineError unless positions ascend from `length` on, and there is one row of D finite features for each.
+        Raises EngineError unless positions ascend from `length` on, and there is one row of D features for each.
         """
         if self.width is None:
             raise EngineError("this engine has no vision half and takes no images")

@@ -206,6 +206,29 @@ def test_validation_covers_the_images(folders):
     assert sum("image" in check.group.lower() for check in report.checks) == 11
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tile", 0),
+        ("patches_per_side", 29),
+        ("image_token_id", 512),
+        ("pinpoints", []),
+        ("pinpoints", [[28, 30]]),
+        ("pinpoints", [[28 * 1000, 28 * 1000]]),
+        ("mean", [0.5]),
+        ("std", [0.5, 0.0, 0.5]),
+    ],
+)
+def test_a_senseless_description_is_refused(folders, tmp_path, key: str, value: object):
+    shutil.copytree(folders / "engine", tmp_path / "engine")
+    file = tmp_path / "engine" / "config.json"
+    values = json.loads(file.read_text())
+    values["vision"][key] = value
+    file.write_text(json.dumps(values))
+    with pytest.raises(EngineError, match="rebuild the engine"):
+        mxcompile.load(tmp_path / "engine", threads=1)
+
+
 def test_refit_takes_the_other_checkpoints_vision_half(folders, tmp_path):
     shutil.copytree(folders / "engine", tmp_path / "engine")
     mxcompile.create_checkpoint(SMALL, tmp_path / "other", seed=5, dtype="float32")
