@@ -139,6 +139,7 @@ def open_checkpoint(folder: Path, layers: int | None, *, vision: bool = False) -
     """The checkpoint, and the configuration of its first `layers` layers, whose tensors are all there; with its vision half, if it
     has one, where `vision` asks for it.
     """
+    from model_defs.checkpoint.processor import read_processing
     from model_defs.checkpoint.reader import Checkpoint
     from model_defs.checkpoint.verify import require_complete
 
@@ -146,6 +147,8 @@ def open_checkpoint(folder: Path, layers: int | None, *, vision: bool = False) -
     config = opened.config if vision else opened.config.text_only()
     config = config if layers is None else config.truncated(layers)
     require_complete(opened, config)
+    if config.vision is not None:
+        read_processing(opened.folder, config.vision)  # before any work
     return opened, config
 
 

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_defs.checkpoint.names import expected_tensors, ignorable, layer_of
+from model_defs.checkpoint.processor import PREPROCESSOR_FILE, read_processing
 from model_defs.checkpoint.reader import Checkpoint, Problem
 from model_defs.config import ModelConfig
-from model_defs.errors import CheckpointError
+from model_defs.errors import CheckpointError, ConfigError
 
 OnProgress = Callable[[int, int, str], None]  # bytes done, bytes in all, tensor just done
 
@@ -57,6 +58,12 @@ def verify(
     expected = expected_tensors(config)
     problems = list(checkpoint.problems)
     problems += _presence_problems(checkpoint, config, expected)
+    if config.vision is not None:
+        try:
+            read_processing(checkpoint.folder, config.vision)
+        except ConfigError as error:
+            text = str(error).removeprefix(f"{checkpoint.folder / PREPROCESSOR_FILE}: ")
+            problems.append(Problem("preprocessor", PREPROCESSOR_FILE, f"{PREPROCESSOR_FILE}: {text}"))
     present = [checkpoint.entries[name] for name in expected if name in checkpoint.entries]
     total = sum(entry.nbytes for entry in present)
     done = 0

@@ -198,6 +198,17 @@ def _check_same_model(engine: EngineConfig, reference: EngineConfig) -> None:
     difference = first_difference(engine.model, reference.model, "the checkpoint")
     if difference is not None:
         raise MxcompileError(f"the engine and the checkpoint are different models: {difference}")
+    if engine.vision is not None and reference.vision is not None:
+        # The checks take tiles, so how images become tiles must be the same on both sides.
+        mine, theirs = (
+            dataclasses.asdict(half) | {"graph": "", "weights": ""} for half in (engine.vision, reference.vision)
+        )
+        for key in mine:
+            if mine[key] != theirs[key]:
+                raise MxcompileError(
+                    f"the engine and the checkpoint prepare images differently: {key} is {mine[key]} in the engine and "
+                    f"{theirs[key]} in the checkpoint; build the engine again"
+                )
 
 
 def _compare_layers(

@@ -114,6 +114,7 @@ def test_other_preprocessing_is_refused(vl, change: dict, named: str):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ConfigError, match=named):
         read_processing(vl, preset("tiny-vl").vision)
+    assert problems(vl) == [("preprocessor", "preprocessor_config.json")]
 
 
 def test_preprocessing_is_read(vl):

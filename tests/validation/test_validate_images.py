@@ -11,6 +11,7 @@ from plain_models import PLAIN
 from model_defs.checkpoint.create import create_checkpoint
 from model_defs.presets import preset
 from mxcompile.backends.pytorch import PyTorchSession
+from mxcompile.errors import MxcompileError
 from mxcompile.validation import ValidationOptions, validate
 
 OPTIONS = ValidationOptions(quick=True, lengths=(1,), threads=1)
@@ -80,6 +81,14 @@ def test_features_in_the_wrong_places_fail(folder, reference):
     assert found["Greedy answer about images against PyTorch"] == "failed"
     assert report.fault.kind == "vision half"
     assert "places" in report.fault.part
+
+
+def test_other_preprocessing_is_no_engine_of_the_checkpoint(folder, reference):
+    engine = load(folder)
+    half = dataclasses.replace(engine.config.vision, mean=[0.5, 0.5, 0.5])
+    engine._config = dataclasses.replace(engine.config, vision=half)
+    with pytest.raises(MxcompileError, match="prepare images differently: mean"):
+        validate(engine, reference, OPTIONS)
 
 
 def test_what_does_not_fit_is_said(folder, reference):
