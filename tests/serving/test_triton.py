@@ -287,6 +287,27 @@ def test_sigterm_lets_requests_end_and_sessions_survive(start_server, loaded, tm
     assert second.stop() == 0, second.log.read_text()
 
 
+@pytest.mark.parametrize("end", ["stopped", "Triton killed"])
+def test_sessions_survive_also_when_answers_take_longer_than_they_may(start_server, tmp_path, end):
+    """Triton then ends at once and leaves the engine to itself, as it does when it is killed."""
+    server = start_server("--state-dir", tmp_path, "--drain", 1, "--openai-port", 0)
+    server.generate({"input_ids": [9], "max_tokens": 2, "session_id": "kept", "session_start": True}, stream=False)
+    running = {"input_ids": [2], "max_tokens": 300, "end_id": -1, "n": 128, "stream": True}
+    connection, response = server.open("generate_stream", running)
+    response.readline()
+    engine = server.engine_process()
+    if end == "stopped":
+        server.process.terminate()
+    else:
+        next(p for p in psutil.Process(server.process.pid).children() if p.name() == "tritonserver").kill()
+        server.expected = 3
+    assert server.process.wait(LIMIT_S) == server.expected, server.log.read_text()
+    response.close()
+    connection.close()
+    assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
+    assert len(list(tmp_path.glob("*.state"))) == 1
+
+
 @pytest.mark.parametrize(
     ("which", "told"),
     [

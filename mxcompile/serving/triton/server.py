@@ -11,6 +11,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -19,6 +20,7 @@ from mxcompile.errors import EnvironmentProblem, MxcompileError
 from mxcompile.serving.triton.environment import TritonInstallation, backend_directory
 
 DRAIN_S = 30
+SAVING_S = 90  # most that the engine process may take to write its sessions and to end
 MALLOC = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 """glibc's defaults are an arena for each of Triton's many threads, and large blocks out of them once large ones were freed. So
 abandoned and large requests go on making it grow, by kilobytes each (tests/serving/soak.py finds that). With these it comes to rest.
@@ -33,15 +35,25 @@ def _end_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _children(pid: int) -> set[int]:
-    """Processes that run and were started by this one."""
-    found = set()
+def _running() -> Iterator[tuple[int, int, int]]:
+    """All processes that run: number, that of the parent, and the group."""
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError):  # it has just ended
-            state, parent = file.read_text().rsplit(")", 1)[1].split()[:2]
-            if parent == str(pid) and state not in "ZX":
-                found.add(int(file.parent.name))
-    return found
+            state, parent, group = file.read_text(errors="replace").rsplit(")", 1)[1].split()[:3]
+            if state not in "ZX":
+                yield int(file.parent.name), int(parent), int(group)
+
+
+def _children(pid: int) -> set[int]:
+    """Processes that run and were started by this one."""
+    return {number for number, parent, _ in _running() if parent == pid}
+
+
+def _wait_for_group(group: int, seconds: float) -> None:
+    """Return when no process of this group runs any more, at the latest after so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(group == other for _, _, other in _running()):
+        time.sleep(0.1)
 
 
 class TritonServer:
@@ -156,8 +168,10 @@ class TritonServer:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(self._drain_s + 90)  # and time to write sessions to disk
+                self._process.wait(self._drain_s + SAVING_S)
         if self._process.poll() is None or self._process.returncode != 0:
+            if self._process.poll() is not None:
+                self._let_engine_end()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # stubs and engine of a server that did not end itself
             self._process.wait()
@@ -165,3 +179,14 @@ class TritonServer:
         for region in Path("/dev/shm").glob(f"{self._shared_memory}*"):  # what a killed server leaves
             region.unlink(missing_ok=True)
         return self._process.returncode
+
+    def _let_engine_end(self) -> None:
+        """Triton is gone and did not wait for the engine: requests took all the time, or it was killed. The engine process writes
+        its sessions and ends once the Python process between them is gone, too.
+        """
+        for number, _, group in _running():
+            if number in self._stubs and group == self._process.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+        if self._stubs:  # else it has never served
+            _wait_for_group(self._process.pid, SAVING_S)
