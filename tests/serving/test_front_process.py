@@ -23,7 +23,7 @@ ANSWER = {"is": "end", "final": True, "text": "x", "ids": [1], "log_probs": [], 
 ANSWER |= {"prompt_tokens": 1, "output_tokens": 1, "cached_tokens": 0}
 
 # Answers each request at once, but: text "hold" is never answered, "die" ends the process, "odd" is answered nonsense. It starts
-# when the file `gate` is there. `started` gets its process id.
+# when the file `gate` is there, and dies when it is to drain if `fragile` is. `started` gets its process id.
 ENGINE = """#!{python}
 import os, socket, sys, time
 from pathlib import Path
@@ -39,7 +39,9 @@ while not (folder / "gate").exists():
 wire.send([{{"is": "ready", "max_seq_len": 100, "max_text_bytes": 1000}}])
 while (messages := wire.receive()) is not None:
     for message in messages:
-        if message["do"] == "drain":
+        if message["do"] == "drain" and (folder / "fragile").exists():
+            os._exit(9)
+        elif message["do"] == "drain":
             wire.send([{{"is": "drained"}}])
             sys.exit()
         elif message["do"] == "generate" and message["text_input"] == "die":
@@ -218,6 +220,13 @@ def test_a_stop_while_the_engine_is_started_again_leaves_no_process(front):
     until(lambda: len(front.pids()) == 2)
     front.model.finalize()
     assert not psutil.pid_exists(front.pids()[1])
+
+
+def test_an_engine_that_dies_while_it_drains_is_not_waited_for(front, monkeypatch):
+    monkeypatch.setattr(front.module, "DRAIN_LIMIT_S", float("inf"))
+    (front.folder / "fragile").touch()
+    front.model.finalize()
+    assert len(front.pids()) == 1, "and not started again"
 
 
 def test_what_cannot_be_read_or_sent_fails_alone(front, monkeypatch):

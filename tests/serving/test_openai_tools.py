@@ -174,7 +174,7 @@ def test_malformed_calls_in_a_conversation_are_named(call):
 
 
 class ScriptedTriton(BaseHTTPRequestHandler):
-    """Answers generate_stream with the text that the class holds, in pieces of three characters."""
+    """Answers generate_stream with the text that the class holds, in pieces of three characters; "?" with what makes no sense."""
 
     answer = ""
 
@@ -189,7 +189,7 @@ class ScriptedTriton(BaseHTTPRequestHandler):
             if index == len(pieces) - 1:
                 counts = {"num_input_tokens": 9, "num_output_tokens": 5, "num_cached_tokens": 0}
                 values |= {"finish_reason": "stop"} | counts
-            self.wfile.write(f"data: {json.dumps(values)}\n\n".encode())
+            self.wfile.write(f"data: {json.dumps(values if piece != '?' else {'finish_reason': 'odd'})}\n\n".encode())
 
     def log_message(self, *args):
         pass
@@ -220,6 +220,10 @@ def test_errors_of_the_application_itself(scripted):
     with pytest.raises(openai.NotFoundError, match="POST /v1/embeddings: Not Found"):
         scripted.embeddings.create(model="scripted", input="a")
     ScriptedTriton.answer = ""  # no response at all
+    for stream in (False, True):
+        with pytest.raises(openai.APIError, match="the engine server ended"):
+            list(scripted.completions.create(model="scripted", prompt="a", stream=stream))
+    ScriptedTriton.answer = "?"
     with pytest.raises(openai.InternalServerError) as failed:
         scripted.completions.create(model="scripted", prompt="a", extra_headers={"X-Request-Id": "odd-one"})
     assert "which its log calls odd-one" in failed.value.body["message"]

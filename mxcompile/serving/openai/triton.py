@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+_ENDED = "the engine server ended; try again in a moment"
 _STATUS = {"limited": 429, "unavailable": 503, "internal": 500, "cancelled": 499}
 
 
@@ -23,8 +24,9 @@ class ApiError(Exception):
 class Answer:
     """A request that Triton is answering. Closing it early cancels the request."""
 
-    def __init__(self, response: httpx.Response) -> None:
-        self._response = response
+    def __init__(self, response: httpx.Response, ends: int = 1) -> None:
+        """`ends`: how many answers it brings."""
+        self._response, self._ends = response, ends
         stream = response.extensions.get("network_stream") if hasattr(socket, "TCP_QUICKACK") else None  # Linux
         self._socket = stream.get_extra_info("socket") if stream is not None else None  # slow: not for every token
 
@@ -34,7 +36,7 @@ class Answer:
         sent = client.build_request("POST", f"/v2/models/{model}/generate_stream", json=tensors)
         response = await client.send(sent, stream=True)
         if response.status_code == 200:
-            return cls(response)
+            return cls(response, tensors.get("n", 1))
         try:
             text = (await response.aread()).decode(errors="replace")
         finally:
@@ -43,7 +45,7 @@ class Answer:
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
         """The outputs of each response. Raises ApiError when the request fails."""
-        rest = b""
+        rest, ends = b"", 0
         try:
             async for data in self._response.aiter_bytes():
                 self._acknowledge()
@@ -55,9 +57,12 @@ class Answer:
                     values: dict[str, Any] = json.loads(line[5:])
                     if "error" in values:
                         raise _refusal(500, line.decode())
+                    ends += bool(values.get("finish_reason"))
                     yield values
         except httpx.TransportError:
-            raise ApiError(503, "the engine server ended; try again in a moment") from None
+            raise ApiError(503, _ENDED) from None
+        if ends < self._ends:  # half an answer must not pass for a whole one
+            raise ApiError(503, _ENDED)
 
     async def close(self) -> None:
         """Let Triton see that nobody listens any more."""

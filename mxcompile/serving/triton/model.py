@@ -50,6 +50,7 @@ POLL_CANCELLED_S = 0.05
 POLL_EACH_S = 0.002  # asking takes a thirtieth of this, in which no token leaves
 START_LIMIT_S = 600.0
 DRAIN_LIMIT_S = 60.0
+LOOK_S = 0.1
 LONGEST_PAUSE_S = 30.0
 # Of the environment, what is not for the engine process.
 SERVERS_OWN = ("PYTHONHOME", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
@@ -117,10 +118,14 @@ class TritonPythonModel:
 
     def finalize(self):
         self._closing = True
+        wire = self._wire
         try:
-            if self._wire is not None:
-                self._wire.send([{"do": "drain"}])
-                self._drained.wait(DRAIN_LIMIT_S)
+            if wire is not None:
+                wire.send([{"do": "drain"}])
+                end = time.monotonic() + DRAIN_LIMIT_S
+                # Unless it ends instead: then nobody will say that it has.
+                while self._wire is wire and time.monotonic() < end and not self._drained.wait(LOOK_S):
+                    pass
         except OSError:
             pass  # it is gone already
         stop(self._process)
@@ -162,6 +167,7 @@ class TritonPythonModel:
                 if not self._closing:
                     self._restart()
                 if self._closing:
+                    self._drained.set()
                     return
                 continue
             for message in messages:
