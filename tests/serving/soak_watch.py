@@ -21,8 +21,10 @@ LEAK_BYTES = 256
 keeps something of every request keeps at least a dictionary with one entry (232 bytes in CPython) and what it holds. Growth of
 the first half is not judged: caches and allocators fill then.
 """
-LEAST_REQUESTS = 5000
-"""Requests in that half below which memory is not judged: a megabyte that an allocator takes at once must not look like a leak."""
+LEAST_REQUESTS, LEAST_S = 5000, 60.0
+"""Requests and seconds in that half below which memory is not judged: a megabyte that an allocator takes at once must not look like
+a leak, on however fast a machine.
+"""
 SPARE_DESCRIPTORS = 64
 """Open descriptors that may remain more than at the start, when no client is there: pools and pollers of threads keep some. Far below one
 in a hundred of the connections that a soak makes."""
@@ -69,7 +71,8 @@ class Memory:
         """Sizes in MiB, slopes over the second half, and whether they are within the limit."""
         half = [sample for sample in self.samples if sample[0] >= self.samples[-1][0] / 2]
         asked = half[-1][1] - half[0][1]
-        values: dict[str, Any] = {"requests_in_second_half": asked, "judged": asked >= LEAST_REQUESTS}
+        judged = asked >= LEAST_REQUESTS and half[-1][0] - half[0][0] >= LEAST_S
+        values: dict[str, Any] = {"requests_in_second_half": asked, "judged": judged}
         for role in self._processes:
             sizes = np.array([sample[2][role] for sample in half], np.float64)
             slope = float(np.polyfit([sample[1] for sample in half], sizes, 1)[0]) if asked else 0.0
