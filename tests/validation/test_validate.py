@@ -17,7 +17,7 @@ from mxcompile.validation import ValidationOptions, validate
 from mxcompile.validation.judge import Judge
 from mxcompile.validation.metrics import kl_divergence, relative_norm
 from mxcompile.validation.observe import RowTrace, compared_positions
-from mxcompile.validation.thresholds import EXACT, FLOAT32, thresholds_for
+from mxcompile.validation.thresholds import EXACT, FLOAT32, LOGIT_SCALE, Yardstick, rounded_thresholds, thresholds_for
 
 LIMITS = {"threads": 1, "max_seq_len": 320, "max_batch_size": 4}
 OPTIONS = ValidationOptions(quick=True, lengths=(1, 65), threads=1)
@@ -187,3 +187,24 @@ def test_compared_positions_hold_both_ends_and_stay_within_memory(length, vocab)
     assert len(positions) * vocab <= 2 * (1 << 24) or len(positions) == length
     if len(positions) < length:
         assert {63, 64, length - 2} <= set(positions.tolist())
+
+
+@pytest.mark.parametrize(("moved", "passes"), [(slice(50, None), True), (slice(None), False)])
+def test_next_tokens_need_what_the_yardstick_reaches_on_the_same_positions(moved, passes):
+    """On its own prompt the yardstick kept every first token among the best; on these positions, half of them."""
+    reference = np.zeros((100, 10), np.float32)
+    reference[np.arange(100), np.arange(100) % 10] = 1.0
+
+    def without_first(positions):
+        logits = reference.copy()
+        logits[np.arange(100)[positions], np.arange(100)[positions] % 10] = -1.0
+        return trace(logits)
+
+    limits = rounded_thresholds(Yardstick("int8", (1.0, 1.0, 1.0), (1.0, 1.0), (1.0, 1.0), 1.0, 1.0, topk=1.0))
+    judge = Judge(limits, logit_scale=LOGIT_SCALE)
+    source = trace(reference)
+    source.yardstick = without_first(slice(0, 50))
+    compared = judge.compare("made", [source], [without_first(moved)])
+    check = judge.next_token_check([compared])
+    assert (check.status == "passed") == passes
+    assert check.measures[1].limit == pytest.approx(0.45)
