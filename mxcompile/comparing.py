@@ -13,7 +13,7 @@ from mxcompile.bench.needle import read_needle
 from mxcompile.bench.perplexity import perplexity as measure_perplexity
 from mxcompile.bench.perplexity_results import read_perplexity
 from mxcompile.bench.results import read_any, read_json, write_json
-from mxcompile.bench.run import describe_engine
+from mxcompile.bench.subject import describe_engine
 from mxcompile.errors import MxcompileError
 from mxcompile.progress import Progress, SilentProgress
 from mxcompile.report.comparison import compare, short_name, with_failures

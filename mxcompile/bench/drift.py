@@ -28,9 +28,10 @@ from engines.interface import RowSnapshot, Session, State
 from export.contract import hidden_tap, router_tap
 from mxcompile.bench.drift_oracle import FollowingReference, Recurrence, model_limit, recurrence_limit, remembered
 from mxcompile.bench.drift_results import DriftError, DriftReport, DriftRow, read_drift
+from mxcompile.bench.environment import environment
 from mxcompile.bench.records import plain, previous
 from mxcompile.bench.results import write_json
-from mxcompile.bench.run import describe_engine, environment, find_checkpoint
+from mxcompile.bench.subject import describe_engine, find_checkpoint
 from mxcompile.errors import MxcompileError
 from mxcompile.progress import Progress, SilentProgress, Stage
 from mxcompile.quantized import numbers_of, reference_options

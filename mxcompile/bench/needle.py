@@ -23,9 +23,10 @@ from engines import load
 from engines.directory import read_config
 from engines.interface import Session
 from export.contract import router_tap
+from mxcompile.bench.environment import environment
 from mxcompile.bench.records import check_schema, damaged
 from mxcompile.bench.results import read_any
-from mxcompile.bench.run import describe_engine, environment, find_checkpoint
+from mxcompile.bench.subject import describe_engine, find_checkpoint
 from mxcompile.bench.text import find_tokenizer, read_text
 from mxcompile.errors import MxcompileError
 from mxcompile.progress import Progress, SilentProgress

@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 from engines import load
 from engines.config import EngineConfig
 from engines.directory import read_config
+from mxcompile.bench.environment import environment
 from mxcompile.bench.options import BACKENDS, DTYPES
 from mxcompile.bench.perplexity_results import REFERENCE, TWIN, YARDSTICK, PerplexityReport, Side, read_perplexity
 from mxcompile.bench.records import plain, previous
 from mxcompile.bench.results import write_json
-from mxcompile.bench.run import describe_engine, environment, find_checkpoint
+from mxcompile.bench.subject import describe_engine, find_checkpoint
 from mxcompile.bench.text import find_tokenizer, read_text
 from mxcompile.bench.worker import describe
 from mxcompile.errors import MxcompileError

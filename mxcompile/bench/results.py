@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,12 @@ class BenchReport:
             return cls(**known)
         except (KeyError, TypeError) as error:
             raise MxcompileError(f"the benchmark is damaged ({error}); measure again") from None
+
+
+def finished_cells(report: BenchReport) -> Iterator[Cell]:
+    """Cells in the order of batch, prompt length and contestant."""
+    order = {name: index for index, name in enumerate(report.options["backends"])}
+    yield from sorted(report.cells, key=lambda c: (c.batch_size, c.prompt_length, order.get(c.contestant, 9)))
 
 
 def read_json(path: str | os.PathLike[str]) -> BenchReport:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mxcompile.bench.results import BenchReport
-from mxcompile.bench.run import finished_cells
+from mxcompile.bench.results import BenchReport, finished_cells
 from mxcompile.cli.output import bytes_text, print_table
 
 COLUMNS = (

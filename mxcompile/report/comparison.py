@@ -14,11 +14,11 @@ from typing import Any
 
 from mxcompile.bench.agreement import SAME, chance_of_change, change
 from mxcompile.bench.drift_results import DriftReport
+from mxcompile.bench.feasibility import element_bytes
 from mxcompile.bench.needle import NeedleReport
 from mxcompile.bench.needle import verdict as needle_verdict
 from mxcompile.bench.perplexity_results import PerplexityReport
-from mxcompile.bench.results import BenchReport, Cell
-from mxcompile.bench.run import ELEMENT_BYTES, finished_cells
+from mxcompile.bench.results import BenchReport, Cell, finished_cells
 from mxcompile.report import drift_section, perplexity_section
 from mxcompile.validation.results import ValidationReport
 
@@ -142,7 +142,7 @@ def _state_bytes(bench: BenchReport, cell: Cell, dtype: str) -> int | None:
     config = ModelConfig.from_dict(model)
     tokens = cell.prompt_length + len(cell.repeats[0]["steps_s"])
     per_sequence = 4 * config.state_elements_per_sequence()
-    return cell.batch_size * (per_sequence + tokens * config.cache_elements_per_token() * ELEMENT_BYTES.get(dtype, 4))
+    return cell.batch_size * (per_sequence + tokens * config.cache_elements_per_token() * element_bytes(dtype))
 
 
 def _speedups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from model_defs.config import ModelConfig
 from model_defs.presets import preset
 from mxcompile.bench.drift_results import MEASURES, DriftError, DriftReport, DriftRow
 from mxcompile.bench.perplexity_results import PerplexityReport, Side
-from mxcompile.bench.run import describe_engine
+from mxcompile.bench.subject import describe_engine
 from mxcompile.validation.thresholds import EXACT
 
 

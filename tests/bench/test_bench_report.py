@@ -18,8 +18,8 @@ from model_defs.constants import decay_slopes, rotary_frequencies
 from mxcompile.backends.pytorch import PyTorchSession
 from mxcompile.bench.agreement import SAME
 from mxcompile.bench.results import BenchReport, Cell, Contestant, LayerTimes, NotRun, write_json
-from mxcompile.bench.run import describe_engine
 from mxcompile.bench.statistics import summary
+from mxcompile.bench.subject import describe_engine
 from mxcompile.checkpoints import create_checkpoint
 from mxcompile.comparing import report, write
 from mxcompile.errors import MxcompileError

@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from mxcompile.bench import rates
-from mxcompile.bench import run as bench_run
 from mxcompile.bench.contestants import ContestantError, ContestantProcess, ContestantTimeout
+from mxcompile.bench.entrants import Entrants
 from mxcompile.bench.options import BenchOptions
 from mxcompile.bench.results import BenchReport, read_json
 from mxcompile.bench.run import bench
@@ -85,17 +85,17 @@ def test_times_by_kind_of_layer(measured):
 def test_an_interrupted_run_goes_on_where_it_stopped(engine, tmp_path, monkeypatch):
     file = tmp_path / "b.json"
     options = BenchOptions(**OPTIONS | {"passes": 2})
-    sample = bench_run._Runner._sample
+    sample = Entrants.sample
 
     def interrupted(self, name, length, batch, number):
         if (length, batch) == (24, 1):
             raise KeyboardInterrupt
         return sample(self, name, length, batch, number)
 
-    monkeypatch.setattr(bench_run._Runner, "_sample", interrupted)
+    monkeypatch.setattr(Entrants, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bench(engine, options, json_file=file)
-    monkeypatch.setattr(bench_run._Runner, "_sample", sample)
+    monkeypatch.setattr(Entrants, "sample", sample)
     stopped = read_json(file)
     assert not stopped.finished
     assert stopped.interruptions == 1
