@@ -42,8 +42,9 @@ svg .mark{stroke:var(--soft);stroke-dasharray:2 3}
 svg .yes{fill:var(--c3)}svg .no{fill:var(--bad)}
 """
     + "".join(
-        f"svg .line.c{n}{{stroke:var(--c{n})}}svg .dot.c{n},svg .bar.c{n},svg .key.c{n}{{fill:var(--c{n})}}\n"
-        for n in (1, 2, 3, 4)
+        f"svg .line.c{n}{{stroke:var(--c{n});stroke-dasharray:{dashes}}}svg .line.whisker{{stroke-dasharray:none}}"
+        f"svg .dot.c{n},svg .key.c{n}{{fill:var(--c{n})}}svg .bar.c{n}{{stroke:var(--c{n});fill:var(--c{n});fill-opacity:{full}}}\n"
+        for n, dashes, full in ((1, "none", 1), (2, "8 4", 0.15), (3, "2 2", 0.6), (4, "9 3 2 3", 0.35))
     )
     + """
 .scroll{overflow-x:auto}

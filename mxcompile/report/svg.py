@@ -1,7 +1,8 @@
 """Small charts as inline SVG: lines, points and bars on linear or logarithmic axes, and strips of yes and no.
 
-No scripts and no fonts of their own. Colours are CSS classes (`style.CSS`), so that one drawing serves light, dark and print.
-A drawing is small, so that its text stays readable when it is scaled to a phone's width, and carries a title and a description.
+No scripts and no fonts of their own. Colours and dashes are CSS classes (`style.CSS`), so that one drawing serves light, dark and print.
+A series is told by its dashes and the shape of its points as well as by its colour, and the legend shows all three. A drawing is small,
+so that its text stays readable when it is scaled to a phone's width, and carries a title and a description.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from typing import Literal
 WIDTH, HEIGHT = 460, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 40
 CHARACTER = 6.0  # width of one, on average, at the size of the legend
+KEY = 24  # width of a sample in the legend: one period of every dash pattern
 MAX_POINTS = 1200  # of one series; longer ones are thinned to the largest value of each stretch
+_CORNERS = {
+    2: ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
+    3: ((0, -1.3), (1.2, 0.9), (-1.2, 0.9)),
+    4: ((0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)),
+}
 
 
 @dataclass(frozen=True)
@@ -106,12 +113,13 @@ def chart(
             if _drawable(low, y.log) and _drawable(high, y.log):
                 ends = f'y1="{place_y(low):.1f}" y2="{place_y(high):.1f}"'
                 parts.append(
-                    f'<line class="line c{item.colour}" x1="{place_x(at):.1f}" x2="{place_x(at):.1f}" {ends}/>'
+                    f'<line class="line whisker c{item.colour}" x1="{place_x(at):.1f}" x2="{place_x(at):.1f}" {ends}/>'
                 )
         if "points" in item.form or len(drawn) == 1:
             size = 2.6 if len(drawn) < 100 else 1.3
-            dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{size}"/>' for a, b in drawn)
-            parts.append(f'<g class="dot c{item.colour}">{dots}</g>')
+            parts.append(
+                f'<path class="dot c{item.colour}" d="{"".join(_point(item.colour, *at, size) for at in drawn)}"/>'
+            )
     for limit in limits:
         at = place_y(limit.y)
         parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
@@ -121,7 +129,7 @@ def chart(
             f'text-anchor="start">{escape(limit.label)}</text>'
         )
     parts += _axes(x, y)
-    parts.append(_legend([(s.label, s.colour) for s in series]))
+    parts.append(_legend(series))
     parts.append("</svg>")
     return "".join(parts)
 
@@ -184,18 +192,35 @@ def _axes(x: Axis, y: Axis) -> list[str]:
     ]
 
 
-def _legend(entries: Sequence[tuple[str, int]]) -> str:
+def _legend(series: Sequence[Series]) -> str:
+    """A sample of each series beside its name: a piece of its line, its point or its bar."""
     parts, at = [], float(LEFT)
     row = 0
-    for label, colour in entries:
-        width = 16 + CHARACTER * len(label) + 10
+    for item in series:
+        width = KEY + 5 + CHARACTER * len(item.label) + 10
         if at + width > WIDTH and at > LEFT:
             at, row = float(LEFT), row + 1
         y = 11 + 14 * row
-        parts.append(f'<rect class="key c{colour}" x="{at:.1f}" y="{y - 7}" width="11" height="8" rx="1"/>')
-        parts.append(f'<text class="legend" x="{at + 16:.1f}" y="{y}">{escape(label)}</text>')
+        parts.append(_sample(item, at, y - 3.5))
+        parts.append(f'<text class="legend" x="{at + KEY + 5:.1f}" y="{y}">{escape(item.label)}</text>')
         at += width
     return "".join(parts)
+
+
+def _sample(item: Series, x: float, y: float) -> str:
+    if item.form == "bars":
+        return f'<g class="bar c{item.colour}"><rect x="{x + KEY - 12:.1f}" y="{y - 4:.1f}" width="11" height="8"/></g>'
+    line = f'<line class="line c{item.colour}" x1="{x:.1f}" x2="{x + KEY:.1f}" y1="{y}" y2="{y}"/>'
+    point = f'<path class="dot c{item.colour}" d="{_point(item.colour, x + KEY / 2, y, 2.6)}"/>'
+    return (line if "line" in item.form else "") + (point if "points" in item.form else "")
+
+
+def _point(colour: int, x: float, y: float, size: float) -> str:
+    """A circle, a square, a triangle or a diamond around a place, of about the same area, as a piece of a path."""
+    if colour == 1:
+        return f"M{x - size:.1f} {y:.1f}a{size} {size} 0 1 0 {2 * size} 0a{size} {size} 0 1 0 {-2 * size} 0"
+    corners = _CORNERS[colour]
+    return "M" + "L".join(f"{x + a * size:.1f} {y + b * size:.1f}" for a, b in corners) + "Z"
 
 
 def _bars(
