@@ -19,6 +19,9 @@ SCHEMA_VERSION = 1
 
 Kind = Literal["lightning", "softmax"]
 
+_DTYPES = frozenset(("float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"))
+_MOST_RANKS = 1 << 16
+
 
 @dataclass(frozen=True)
 class Port:
@@ -179,7 +182,23 @@ class EngineConfig:
                 f"{source}: schema version {raw['schema_version']!r}, this mxcompile reads {SCHEMA_VERSION}; "
                 "rebuild the engine or use the mxcompile version that built it"
             )
-        return _read(cls, raw, source, "")
+        config: EngineConfig = _read(cls, raw, source, "")
+        _check(config, source)
+        return config
+
+
+def _check(config: EngineConfig, source: str) -> None:
+    """What types alone do not say. Raises EngineError that names the key."""
+    for key in ("inputs", "outputs", "states"):
+        for index, port in enumerate(getattr(config, key)):
+            where = f"{source}: '{key}.{index}"
+            if port.dtype not in _DTYPES:
+                raise EngineError(f"{where}.dtype' has an unexpected value {port.dtype!r}; rebuild the engine")
+            if len(port.dims) != (4 if key == "states" else max(1, len(port.dims))):
+                raise EngineError(f"{where}.dims' has {len(port.dims)} dimensions; rebuild the engine")
+    for name, size in dataclasses.asdict(config.mapping).items():
+        if not 1 <= size <= _MOST_RANKS:
+            raise EngineError(f"{source}: 'mapping.{name}' has an unexpected value {size!r}; rebuild the engine")
 
 
 def _read(kind: Any, raw: Any, source: str, where: str) -> Any:

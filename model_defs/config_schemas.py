@@ -117,6 +117,8 @@ def read_config(source: str | os.PathLike[str] | dict[str, Any]) -> ModelConfig:
     path = Path(source)
     path = path / "config.json" if path.is_dir() else path
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: is not a file")  # reading a pipe would wait for ever
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: is too large for a configuration")
         return _read(parse_object(path.read_bytes()), str(path))

@@ -11,7 +11,18 @@ import click
 from mxcompile.cli.errors import set_debug
 
 F = TypeVar("F", bound=Callable[..., Any])
-PATH = click.Path(path_type=Path)
+
+
+class _Path(click.Path):
+    """A path that is not empty: Path("") would be the working directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        if value == "":
+            self.fail("an empty path", param, context)
+        return super().convert(value, param, context)
+
+
+PATH = _Path(path_type=Path)
 DTYPES = ("float32", "float16", "bfloat16")
 
 

@@ -58,10 +58,12 @@ def command(
 
     Runs until it gets SIGTERM or Ctrl-C; then takes no more requests, lets the running ones end, and exits with 0.
     """
+    from engines.directory import read_config
     from mxcompile.serving.serve import Addresses, serve
     from mxcompile.serving.triton.environment import default_folder, find, install
 
     chosen = settings(**others)
+    read_config(engine_dir)  # before minutes are spent on installing
     folder = triton_venv or default_folder()
     installation = find(folder)
     if installation is None:

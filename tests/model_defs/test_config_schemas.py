@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -349,6 +350,9 @@ def test_a_malformed_file_is_one_clear_error(tmp_path, text: str):
 def test_unreadable_files_are_clear_errors(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read_config(tmp_path / "nothing.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ConfigError, match=r"pipe\.json: is not a file"):
+        read_config(tmp_path / "pipe.json")
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(ConfigError, match="UTF-8"):
         read_config(tmp_path)

@@ -73,6 +73,8 @@ def test_import_of_the_package_is_free_and_names_resolve():
         (["run", "folder", "--prompt", "x", "--top-p", "0"], "Invalid value for '--top-p'"),
         (["run", "absent", "--prompt", "x"], "absent: no such engine directory"),
         (["build", "absent", "-o", "out"], "checkpoint absent: does not exist"),
+        (["build", "absent", "-o", ""], "Invalid value for '-o' / '--output': an empty path"),
+        (["serve", "absent", "--triton-venv", "venv"], "absent: no such engine directory"),
         (["build", "absent"], "Missing option '-o' / '--output'"),
     ],
 )
