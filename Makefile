@@ -9,7 +9,7 @@ TRITON_VENV ?= .venv-triton
 TRITON_REQUIREMENTS := mxcompile/serving/triton/requirements.txt
 export MXCOMPILE_TRITON_VENV := $(abspath $(TRITON_VENV))
 
-.PHONY: setup demo test lint format gpu-test gpu-bench clean
+.PHONY: setup demo test lint format gpu-test gpu-bench gpu-engines clean
 
 setup: $(STAMP)
 
@@ -56,6 +56,10 @@ gpu-test:
 
 gpu-bench:
 	$(PYTHON) benchmarks/gpu/run.py bench
+
+# Wants the graphs and the library that docs/gpu-runs.md#engines prepares.
+gpu-engines:
+	$(PYTHON) benchmarks/gpu/engine_run.py run build/gpu-engines --library build/gpu-trt --results build/gpu-results
 
 clean:
 	rm -rf $(VENV) $(TRITON_VENV) $(DEMO) build
