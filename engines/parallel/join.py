@@ -21,7 +21,7 @@ from pathlib import Path
 from engines.errors import ENVIRONMENT, USAGE, EngineError
 
 POLL_S = 0.05
-LAST_WORDS_S = 2.0
+LAST_WORDS_S = 30.0  # or until the launcher ends this rank, because rank 0 has told and ended
 
 
 @dataclass(frozen=True)

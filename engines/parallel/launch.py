@@ -7,6 +7,7 @@ or when it makes no progress for `stall_limit` seconds in the middle of a call.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib.util
 import json
@@ -78,6 +79,9 @@ class RankProcesses:
                 with contextlib.suppress(FileNotFoundError):  # a failed start has removed the folder already
                     listener.close()
             self._collect("load its part of the engine", max(start_limit, stall_limit))
+        except EngineError:
+            self._end()
+            raise
         except BaseException:
             self.close(orderly=False)
             raise
@@ -102,7 +106,7 @@ class RankProcesses:
             self._lost()
         except EngineError as error:
             if error.exit_code != USAGE:
-                self.close(orderly=False)
+                self._end()
             raise
         except _SecondInterrupt:
             self.close(orderly=False)
@@ -266,8 +270,17 @@ class RankProcesses:
         words = self._last_words(rank, launcher)
         words = "" if what in words else words
         self._failure = EngineError(f"{who} {what}{words}", exit_code=exit_code)
-        self.close(orderly=False)
+        self._end()
         raise self._failure
+
+    def _end(self) -> None:
+        """End all ranks after a failure. Where somebody else's launcher has started them, with this process: such a launcher ends
+        this one, too, as soon as a rank has ended, and the error must be told before.
+        """
+        if self._joined is None:
+            self.close(orderly=False)
+        else:
+            atexit.register(self.close, orderly=False)
 
     def _fail_with(self, rank: int, said: Message) -> NoReturn:
         """The same with what the rank itself said; the launcher may or may not have noticed yet, and adds nothing."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from engines.tensorrt.session import TrtSession
     from engines.tensorrt.state import TrtState
 
-LAST_WORDS_S = 5.0
+LAST_WORDS_S = 30.0
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 SOCKET, TICKS, OPTIONS = "socket", "ticks", "options.json"
 

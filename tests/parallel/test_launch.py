@@ -17,6 +17,7 @@ import pytest
 
 from engines.errors import EngineError
 from engines.parallel import launch
+from engines.parallel.join import Launch
 from engines.parallel.launch import RankProcesses
 from engines.parallel.worker import OPTIONS, SOCKET
 
@@ -178,3 +179,33 @@ def test_a_rank_that_starts_when_the_session_is_gone_leaves_nothing(tmp_path: Pa
     assert done.returncode == 1
     assert done.stderr == "the session that started this rank is gone\n"
     assert not folder.exists()
+
+
+def test_ranks_of_another_launcher_end_only_when_the_error_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a launcher ends this process, too, as soon as a rank ends."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "rank.py").write_text(RANK)
+    joined = Launch("mpirun", "mpi", 0, 2, 2, "job")
+    others: list[subprocess.Popen[bytes]] = []
+
+    def started(rank: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, str(tmp_path / "rank.py"), str(joined.folder)]
+        return subprocess.Popen(command, env=os.environ | {"PMI_RANK": str(rank)})
+
+    def start(ranks: RankProcesses, *settings: object) -> None:
+        ranks._process = started(0)
+        others.append(started(1))
+
+    monkeypatch.setattr(RankProcesses, "_start", start)
+    ranks = RankProcesses(2, {}, threads=1, start_limit=LIMIT_S, stall_limit=LIMIT_S, joined=joined)
+    with pytest.raises(EngineError, match="the disk is full"):
+        ranks.ask({"do": "it", "who": 0, "how": "fatal", "else": "wait"})
+    assert others[0].poll() is None
+    with pytest.raises(EngineError, match="the disk is full"):  # and it stays lost
+        ranks.ask({"do": "it"})
+    ranks.close(orderly=False)  # as at the end of this process
+    assert others[0].wait(LIMIT_S) == -9
+    assert not joined.folder.exists()
