@@ -12,17 +12,17 @@ from mxcompile.bench.drift_results import read_drift
 from mxcompile.bench.needle import read_needle
 from mxcompile.bench.perplexity import perplexity as measure_perplexity
 from mxcompile.bench.perplexity_results import read_perplexity
-from mxcompile.bench.results import read_any, read_json, write_json
+from mxcompile.bench.results import read_json, to_json
 from mxcompile.bench.subject import describe_engine
 from mxcompile.errors import MxcompileError
 from mxcompile.progress import Progress, SilentProgress
 from mxcompile.report.comparison import compare, short_name, with_failures
-from mxcompile.report.comparison_page import write_page
+from mxcompile.report.comparison_page import page
 from mxcompile.report.comparison_text import to_csv, to_markdown
 from mxcompile.report.conditions import parse, violations
+from mxcompile.report.files import read_json as read_validation
 from mxcompile.report.files import write_text
 from mxcompile.validation import ValidationOptions, validate
-from mxcompile.validation.results import ValidationReport
 
 Path_ = str | os.PathLike[str]
 
@@ -62,7 +62,7 @@ def report(
     engines = [(Path(path).absolute(), read_config(path)) for path in engine_dirs]
     benches = [(short_name(path, taken), read_json(path)) for path in bench]
     needles = [(short_name(path, taken), read_needle(path)) for path in needle]
-    validations = [(short_name(path, taken), _read_validation(path)) for path in validation]
+    validations = [(short_name(path, taken), read_validation(path)) for path in validation]
     perplexities = [(short_name(path, taken), read_perplexity(path)) for path in perplexity]
     drifts = [(short_name(path, taken), read_drift(path)) for path in state_drift]
     fingerprint = _fingerprint(against)
@@ -134,20 +134,14 @@ def write(
     csv: Path_ | None = None,
     markdown: Path_ | None = None,
 ) -> None:
-    """Every form that has a path, each whole or not at all."""
-    if html is not None:
-        write_page(values, html)
-    if json is not None:
-        write_json(values, json)
-    if csv is not None:
-        write_text(csv, to_csv(values))
-    if markdown is not None:
-        write_text(markdown, to_markdown(values))
-
-
-def _read_validation(path: Path_) -> ValidationReport:
-    found: ValidationReport = read_any(path, ValidationReport.from_dict)
-    return found
+    """Every form that has a path, each whole or not at all; all are made before the first is written."""
+    forms = [
+        (path, make(values))
+        for path, make in ((html, page), (json, to_json), (csv, to_csv), (markdown, to_markdown))
+        if path is not None
+    ]
+    for path, text in forms:
+        write_text(path, text)
 
 
 def _fingerprint(against: Path_ | None) -> str | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
-from mxcompile.bench.records import check_schema, damaged
+from mxcompile.bench.records import check_schema
 from mxcompile.bench.results import read_any
+from mxcompile.result_shapes import CheckpointPart, EnginePart, EnvironmentPart
+from mxcompile.strict_records import NotNegative, Positive, Rule, Whole, one_of, read_record
 
 SCHEMA = "mxcompile.drift"
 SCHEMA_VERSION = 1
@@ -24,24 +26,46 @@ class DriftError:
     """
 
     measure: str
-    head: int
-    error: float | None
-    limit: float
-    memory: float
-    status: str
+    head: Whole
+    error: NotNegative | None
+    limit: Positive
+    memory: NotNegative
+    status: Annotated[str, one_of("agrees", "differs", "tie")]
+
+
+_ONE_OF_EACH = Rule(
+    f"one each of {', '.join(MEASURES)}", lambda errors: [item.measure for item in errors] == [*MEASURES]
+)
 
 
 @dataclass
 class DriftRow:
     """One lightning layer after so many decoded tokens."""
 
-    step: int
-    layer: int
-    errors: list[DriftError]
+    step: Whole
+    layer: Whole
+    errors: Annotated[list[DriftError], _ONE_OF_EACH]
 
     def of(self, measure: str) -> DriftError:
         """The error by that measure."""
         return next(item for item in self.errors if item.measure == measure)
+
+
+class Missing(TypedDict):
+    """A number of tokens that was not decoded, and why."""
+
+    steps: int
+    reason: str
+
+
+class Saved(TypedDict):
+    """The file that an unfinished run goes on from."""
+
+    file: str
+    step: Whole
+    sha256: str
+    followed: Whole
+    refused: Whole
 
 
 @dataclass
@@ -50,16 +74,16 @@ class DriftReport:
 
     created: str
     options: dict[str, Any]
-    engine: dict[str, Any]
-    checkpoint: dict[str, Any]
-    environment: dict[str, Any]
+    engine: EnginePart
+    checkpoint: CheckpointPart
+    environment: EnvironmentPart
     finished: bool = False
-    interruptions: int = 0
+    interruptions: Whole = 0
     rows: list[DriftRow] = field(default_factory=list)
-    followed: int = 0  # near-ties of the router at which PyTorch followed the engine
-    refused: int = 0  # other differences of the experts chosen
-    not_run: list[dict[str, Any]] = field(default_factory=list)
-    state: dict[str, Any] | None = None
+    followed: Whole = 0  # near-ties of the router at which PyTorch followed the engine
+    refused: Whole = 0  # other differences of the experts chosen
+    not_run: list[Annotated[dict[str, Any], Missing]] = field(default_factory=list)
+    state: Annotated[dict[str, Any], Saved] | None = None
 
     @property
     def passed(self) -> bool:
@@ -79,19 +103,7 @@ class DriftReport:
     @classmethod
     def from_dict(cls, values: Any) -> DriftReport:
         """Inverse of `to_dict`. Raises MxcompileError for another kind of file or schema version."""
-        values = check_schema(values, SCHEMA, SCHEMA_VERSION, "mxcompile bench --state-drift")
-        try:
-            known = {item.name: values[item.name] for item in dataclasses.fields(cls)}
-            known["rows"] = [
-                DriftRow(row["step"], row["layer"], [DriftError(**item) for item in row["errors"]])
-                for row in values["rows"]
-            ]
-            for row in known["rows"]:
-                for measure in MEASURES:
-                    row.of(measure)
-            return cls(**known)
-        except (KeyError, TypeError, StopIteration) as error:
-            raise damaged(error) from None
+        return read_record(cls, check_schema(values, SCHEMA, SCHEMA_VERSION, "mxcompile bench --state-drift"))
 
 
 def read_drift(path: str | os.PathLike[str]) -> DriftReport:

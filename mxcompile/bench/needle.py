@@ -15,7 +15,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 
@@ -24,13 +24,15 @@ from engines.directory import read_config
 from engines.interface import Session
 from export.contract import router_tap
 from mxcompile.bench.environment import environment
-from mxcompile.bench.records import check_schema, damaged
+from mxcompile.bench.records import check_schema
 from mxcompile.bench.results import read_any
 from mxcompile.bench.subject import describe_engine, find_checkpoint
 from mxcompile.bench.text import find_tokenizer, read_text
 from mxcompile.errors import MxcompileError
 from mxcompile.progress import Progress, SilentProgress
 from mxcompile.quantized import reference_options, yardstick_options
+from mxcompile.result_shapes import CheckpointPart, EnginePart, EnvironmentPart
+from mxcompile.strict_records import Count, Limit, NotNegative, Whole, one_of, read_record
 from mxcompile.validation.metrics import kl_divergence
 from mxcompile.validation.thresholds import LOGIT_SCALE, ROUNDED_FACTOR, Thresholds, thresholds_for
 
@@ -50,16 +52,23 @@ class NeedleCell:
     second.
     """
 
-    length: int
-    depth: int  # per cent of the context before the key
-    max_abs: float | None
+    length: Count
+    depth: Whole  # per cent of the context before the key
+    max_abs: NotNegative | None
     kl: float | None
     same_token: bool
     margin: float
-    engine_rank: int
-    reference_rank: int
-    status: str = "agrees"
+    engine_rank: Whole
+    reference_rank: Whole
+    status: Annotated[str, one_of("agrees", "differs", "tie")] = "agrees"
     note: str = ""
+
+
+class Missing(TypedDict):
+    """A length that was not run, and why."""
+
+    length: int
+    reason: str
 
 
 @dataclass
@@ -67,14 +76,14 @@ class NeedleReport:
     """The grid. `to_dict` is the JSON form, `from_dict` its inverse."""
 
     created: str
-    engine: dict[str, Any]
-    checkpoint: dict[str, Any]
-    environment: dict[str, Any]
+    engine: EnginePart
+    checkpoint: CheckpointPart
+    environment: EnvironmentPart
     haystack: str
-    limit: float  # on the difference of a logit, at this reference's scale
+    limit: Limit  # on the difference of a logit, at this reference's scale
     exact: bool
     cells: list[NeedleCell] = field(default_factory=list)
-    not_run: list[dict[str, Any]] = field(default_factory=list)
+    not_run: list[Annotated[dict[str, Any], Missing]] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -93,13 +102,7 @@ class NeedleReport:
     @classmethod
     def from_dict(cls, values: Any) -> NeedleReport:
         """Inverse of `to_dict`. Raises MxcompileError for another kind of file or schema version."""
-        values = check_schema(values, SCHEMA, SCHEMA_VERSION, "mxcompile bench --needle")
-        try:
-            known = {item.name: values[item.name] for item in dataclasses.fields(cls)}
-            known["cells"] = [NeedleCell(**item) for item in values["cells"]]
-            return cls(**known)
-        except (KeyError, TypeError) as error:
-            raise damaged(error) from None
+        return read_record(cls, check_schema(values, SCHEMA, SCHEMA_VERSION, "mxcompile bench --needle"))
 
 
 def read_needle(path: str | os.PathLike[str]) -> NeedleReport:

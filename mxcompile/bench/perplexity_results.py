@@ -6,12 +6,14 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 
-from mxcompile.bench.records import check_schema, damaged
+from mxcompile.bench.records import check_schema
 from mxcompile.bench.results import read_any
+from mxcompile.result_shapes import CheckpointPart, EnginePart, EnvironmentPart
+from mxcompile.strict_records import Count, Limit, NotNegative, Whole, read_record
 from mxcompile.validation.thresholds import LOGIT_SCALE, ROUNDED_FACTOR, Thresholds
 
 SCHEMA = "mxcompile.perplexity"
@@ -35,7 +37,7 @@ class Side:
     name: str
     dtype: str
     nll: list[list[float | None]] = field(default_factory=list)
-    logit_scale: float = 0.0
+    logit_scale: NotNegative = 0.0
     left_out: str = ""
     failures: list[str] = field(default_factory=list)  # execution errors; tried again once
 
@@ -44,22 +46,35 @@ class Side:
         return np.array([np.nan if value is None else value for part in self.nll for value in part], np.float64)
 
 
+class OptionValues(TypedDict):
+    """Tokens that a side sees at once."""
+
+    context: Count
+
+
+class TextFacts(TypedDict):
+    """The text that was read."""
+
+    path: str
+    tokens: Whole
+
+
 @dataclass
 class PerplexityReport:
     """The run. `limit`: on the engine's median |difference| of a token's -log p from that of PyTorch with the engine's weights;
     `change_limit`: on the relative change of the perplexity from that; both 0 until they are known."""
 
     created: str
-    options: dict[str, Any]
-    engine: dict[str, Any]
-    checkpoint: dict[str, Any]
-    environment: dict[str, Any]
-    text: dict[str, Any]  # path, bytes, sha256, tokens, segments
+    options: Annotated[dict[str, Any], OptionValues]
+    engine: EnginePart
+    checkpoint: CheckpointPart
+    environment: EnvironmentPart
+    text: Annotated[dict[str, Any], TextFacts]  # path, bytes, sha256, tokens, segments
     finished: bool = False
-    interruptions: int = 0
+    interruptions: Whole = 0
     sides: list[Side] = field(default_factory=list)
-    limit: float = 0.0
-    change_limit: float = 0.0
+    limit: Limit = 0.0
+    change_limit: Limit = 0.0
 
     def side(self, name: str) -> Side | None:
         """The contestant of that name."""
@@ -133,15 +148,7 @@ class PerplexityReport:
     @classmethod
     def from_dict(cls, values: Any) -> PerplexityReport:
         """Inverse of `to_dict`. Raises MxcompileError for another kind of file or schema version."""
-        values = check_schema(values, SCHEMA, SCHEMA_VERSION, "mxcompile bench --perplexity")
-        try:
-            known = {item.name: values[item.name] for item in dataclasses.fields(cls)}
-            known["sides"] = [Side(**item) for item in values["sides"]]
-            report = cls(**known)
-            report.summary()
-            return report
-        except (KeyError, TypeError, ValueError) as error:
-            raise damaged(error) from None
+        return read_record(cls, check_schema(values, SCHEMA, SCHEMA_VERSION, "mxcompile bench --perplexity"))
 
 
 def read_perplexity(path: str | os.PathLike[str]) -> PerplexityReport:
@@ -160,7 +167,8 @@ def verdict(report: PerplexityReport) -> str:
     judged, judging = report.judged, report.judging
     if judged is None or judging is None or not report.limit:
         return f"The engine's perplexity is {row['perplexity']:.4g}; there is no other to hold it against."
-    theirs = float(np.exp(judging.tokens().mean()))
+    mean = _exp(float(judging.tokens().mean()))
+    theirs = math.inf if mean is None else mean
     numbers = (
         f"perplexity {row['perplexity']:.6g}, PyTorch's {theirs:.6g} ({judged['change']:+.1e}, limit {report.change_limit:.0e}), half of "
         f"the tokens within {judged['median_difference']:.1e} (limit {report.limit:.1e})"

@@ -34,11 +34,6 @@ def check_schema(values: Any, schema: str, version: int, written_by: str) -> dic
     return values
 
 
-def damaged(error: Exception) -> MxcompileError:
-    """What to say of a file whose content does not fit its schema."""
-    return MxcompileError(f"the file is damaged ({type(error).__name__}: {error}); measure again")
-
-
 def previous(
     json_file: Path_ | None, resume: bool, read: Callable[[Path_], R], fresh: R, read_error: str = "no such measurement"
 ) -> R | None:

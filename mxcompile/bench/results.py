@@ -8,13 +8,127 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+from model_defs.errors import ConfigError
 from mxcompile.errors import MxcompileError
+from mxcompile.result_shapes import CheckpointPart, EnginePart, EnvironmentPart
+from mxcompile.strict_records import (
+    NOT_EMPTY,
+    Count,
+    NotNegative,
+    Positive,
+    Rule,
+    Whole,
+    damaged,
+    read_record,
+)
 
 SCHEMA = "mxcompile.bench"
 SCHEMA_VERSION = 2  # 2: rounds in passes, intervals of medians, memory of devices
 MAX_FILE_BYTES = 512 * 2**20
+
+
+_SHARE = Rule("a number from 0 to 1", lambda value: 0 <= value <= 1)
+_FEW = Rule("at most 1000", lambda value: value <= 1000)
+_RANKED = Rule(
+    "an interval whose rank is at most half of its passes", lambda value: 2 * value["rank"] <= value["passes"] + 1
+)
+
+
+class IntervalValues(TypedDict):
+    """See `agreement.interval`."""
+
+    low: NotNegative
+    high: NotNegative
+    level: Annotated[float, _SHARE]
+    rank: Count
+    passes: Annotated[Count, _FEW]
+
+
+class SpreadValues(TypedDict):
+    """See `statistics.spread`."""
+
+    median: Positive
+    low: NotNegative
+    high: NotNegative
+    relative: NotNegative
+    outliers: list[Whole]
+    interval: Annotated[IntervalValues, _RANKED]
+
+
+class StepValues(SpreadValues):
+    """Of all decode steps."""
+
+    p90: NotNegative
+    p99: NotNegative
+    slow_steps: Whole
+
+
+class SummaryValues(TypedDict):
+    """See `statistics.summary`."""
+
+    ttft_s: SpreadValues
+    itl_s: StepValues
+    itl_p99_s: SpreadValues
+    prefill_tokens_per_s: SpreadValues
+    decode_tokens_per_s: SpreadValues
+    peak: SpreadValues
+    peak_bytes: Count
+    state_bytes: Whole
+    device_peak_bytes: Whole | None
+    device_own_bytes: Whole | None
+
+
+RoundValues = TypedDict(  # `pass` is no name for a field of a class
+    "RoundValues",
+    {
+        "pass": Whole,
+        "ttft_s": Positive,
+        "steps_s": Annotated[list[Positive], NOT_EMPTY],
+        "peak_bytes": Count,
+        "state_bytes": Whole,
+        "device_peak_bytes": NotRequired[Whole | None],
+        "device_own_bytes": NotRequired[Whole | None],
+    },
+)
+"""What one round measured."""
+
+
+class BoundValues(TypedDict):
+    """Least seconds, and the fraction of them that was reached."""
+
+    prefill_s: NotNegative
+    decode_s: NotNegative
+    prefill_fraction: NotNegative
+    decode_fraction: NotNegative
+
+
+class RateValues(TypedDict):
+    """See `rates.measure`."""
+
+    copy_bytes_per_s: Positive
+    matmul_flops_per_s: Positive
+
+
+class KindValues(TypedDict):
+    """See `layer_times.KINDS`."""
+
+    lightning: NotNegative
+    softmax: NotNegative
+    experts: NotNegative
+    rest: NotNegative
+
+
+class OptionValues(TypedDict, total=False):
+    """See `options.BenchOptions`."""
+
+    backends: list[str]
+    new_tokens: Count
+    repeats: Count
+    warmup: Whole
+    passes: Count
+    threads: Count
 
 
 @dataclass
@@ -24,8 +138,8 @@ class Contestant:
     name: str
     dtype: str = ""
     left_out: str = ""
-    load_s: float = 0.0
-    loaded_bytes: int = 0  # resident after loading
+    load_s: NotNegative = 0.0
+    loaded_bytes: Whole = 0  # resident after loading
     notes: list[str] = field(default_factory=list)
 
 
@@ -37,11 +151,11 @@ class Cell:
     """
 
     contestant: str
-    prompt_length: int
-    batch_size: int
-    repeats: list[dict[str, Any]]
-    summary: dict[str, Any]
-    bound: dict[str, float] | None = None
+    prompt_length: Count
+    batch_size: Count
+    repeats: Annotated[list[Annotated[dict[str, Any], RoundValues]], NOT_EMPTY]
+    summary: Annotated[dict[str, Any], SummaryValues]
+    bound: Annotated[dict[str, float], BoundValues] | None = None
 
 
 @dataclass
@@ -72,8 +186,8 @@ class LayerTimes:
     contestant: str
     prompt_length: int
     steps: int
-    prefill_s: dict[str, float]
-    decode_s: dict[str, float]
+    prefill_s: Annotated[dict[str, NotNegative], KindValues]
+    decode_s: Annotated[dict[str, NotNegative], KindValues]
 
 
 @dataclass
@@ -82,13 +196,13 @@ class BenchReport:
 
     created: str  # ISO 8601, UTC
     updated: str
-    options: dict[str, Any]
-    engine: dict[str, Any] | None
-    checkpoint: dict[str, Any] | None
-    environment: dict[str, Any]
+    options: Annotated[dict[str, Any], OptionValues]
+    engine: EnginePart | None
+    checkpoint: CheckpointPart | None
+    environment: EnvironmentPart
     finished: bool = False
-    interruptions: int = 0
-    rates: list[dict[str, float]] = field(default_factory=list)
+    interruptions: Whole = 0
+    rates: list[Annotated[dict[str, float], RateValues]] = field(default_factory=list)
     contestants: list[Contestant] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
     not_run: list[NotRun] = field(default_factory=list)
@@ -125,16 +239,27 @@ class BenchReport:
                 f"the benchmark has schema version {values.get('schema_version')!r}, this mxcompile reads {SCHEMA_VERSION}; "
                 "measure again"
             )
-        try:
-            known = {item.name: values[item.name] for item in dataclasses.fields(cls)}
-            known["contestants"] = [Contestant(**item) for item in values["contestants"]]
-            known["cells"] = [Cell(**item) for item in values["cells"]]
-            known["not_run"] = [NotRun(**item) for item in values["not_run"]]
-            known["failures"] = [Failure(**item) for item in values["failures"]]
-            known["layer_times"] = [LayerTimes(**item) for item in values["layer_times"]]
-            return cls(**known)
-        except (KeyError, TypeError) as error:
-            raise MxcompileError(f"the benchmark is damaged ({error}); measure again") from None
+        report = read_record(cls, values)
+        if report.cells:
+            for option in ("backends", "repeats", "warmup", "passes", "new_tokens", "threads"):
+                if option not in report.options:
+                    raise damaged(f"options.{option}", "is missing")
+        _check_model(report.engine)
+        return report
+
+
+def _check_model(engine: dict[str, Any] | None) -> None:
+    """Raises MxcompileError when the engine's model, from which sizes are computed, is none."""
+    model = (engine or {}).get("model")
+    if model is None:
+        return
+    from model_defs.config import ModelConfig
+
+    try:
+        config = ModelConfig.from_dict(model)
+        config.state_elements_per_sequence(), config.cache_elements_per_token()
+    except (ConfigError, ArithmeticError, TypeError, ValueError, AttributeError) as error:
+        raise damaged("engine.model", f"describes no model ({error})") from None
 
 
 def finished_cells(report: BenchReport) -> Iterator[Cell]:
@@ -167,15 +292,20 @@ def read_any(path: str | os.PathLike[str], convert: Any) -> Any:
         raise MxcompileError(f"{path}: {error}") from None
 
 
+def to_json(values: dict[str, Any]) -> str:
+    """The text of a file. Raises ValueError for what is no finite number."""
+    return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(values: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Write by way of a neighbour that is renamed when it is whole, so that a killed run leaves the last whole file."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
+    text = to_json(values)
     try:
         with open(unfinished, "w", encoding="utf-8") as stream:
-            json.dump(values, stream, indent=1, ensure_ascii=False, allow_nan=False)
-            stream.write("\n")
+            stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(unfinished, target)

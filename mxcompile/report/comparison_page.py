@@ -5,7 +5,6 @@ value there (`data-key`) and the value itself (`data-value`), so that a test, or
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from html import escape
@@ -15,7 +14,6 @@ from mxcompile.cli.output import bytes_text
 from mxcompile.report import drift_section, parts, perplexity_section
 from mxcompile.report import html as validation_page
 from mxcompile.report.comparison_figures import figures
-from mxcompile.report.files import write_text
 from mxcompile.report.style import CSS
 from mxcompile.report.svg import number
 from mxcompile.validation.results import ValidationReport
@@ -23,11 +21,6 @@ from mxcompile.validation.results import ValidationReport
 Values = dict[str, Any]
 Column = tuple[str, str, Callable[[Any], str]]  # heading, key in the row, how to show it
 SIGNS = {"passed": "✓", "failed": "✗", "inconclusive": "?"}
-
-
-def write_page(values: Values, path: str | os.PathLike[str]) -> None:
-    """Write the page, whole or not at all."""
-    write_text(path, page(values))
 
 
 def page(values: Values) -> str:

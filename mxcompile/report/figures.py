@@ -161,14 +161,14 @@ def _margins(report: ValidationReport) -> Figure | None:
 def _by_length(report: ValidationReport) -> Figure | None:
     cases = [check for check in report.checks if check.group == "Prefill logits against PyTorch"]
     decoded = [check for check in report.checks if check.group == "Decode logits against PyTorch"]
-    if len(cases) < 2:
+    if len(cases) < 2 or len(decoded) != len(cases) or not all(check.measures for check in cases + decoded):
         return None
     x = range(len(cases))
     series = [
         Series("prefill", x, [check.measures[0].value for check in cases], 1, "bars"),
         Series("decode", x, [check.measures[0].value for check in decoded], 2, "bars"),
     ]
-    names = [check.case.split()[0] for check in cases]
+    names = [check.case.partition(" ")[0] for check in cases]
     return _figure(
         "by-length",
         "Error by prompt length",
@@ -195,7 +195,7 @@ def _greedy(report: ValidationReport) -> Figure | None:
         )
         for run in report.greedy
     ]
-    if not rows:
+    if not any(run.agreed for run in report.greedy):
         return None
     title, text = (
         "Greedy agreement",

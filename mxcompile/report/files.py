@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
-from mxcompile.errors import MxcompileError
+from mxcompile.bench.results import read_any
 from mxcompile.validation.results import ValidationReport
 
 
@@ -17,15 +16,9 @@ def write_json(report: ValidationReport, path: str | os.PathLike[str]) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> ValidationReport:
-    """Read a report that `write_json` wrote. Raises MxcompileError when it is none, or of another schema version."""
-    try:
-        values: Any = json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise MxcompileError(f"{path}: not valid JSON ({error})") from None
-    try:
-        return ValidationReport.from_dict(values)
-    except MxcompileError as error:
-        raise MxcompileError(f"{path}: {error}") from None
+    """Read a report that `write_json` wrote. Raises MxcompileError, naming the file, when it is none, damaged or of another version."""
+    report: ValidationReport = read_any(path, ValidationReport.from_dict)
+    return report
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 from mxcompile.errors import MxcompileError
+from mxcompile.result_shapes import CheckpointFacts, EnvironmentFacts
+from mxcompile.strict_records import Count, Limit, NotNegative, OrInfinite, Positive, Whole, damaged, read_record
 
 SCHEMA = "mxcompile.validation"
 SCHEMA_VERSION = 1
@@ -19,12 +21,71 @@ SCHEMA_VERSION = 1
 Status = Literal["passed", "failed", "inconclusive"]
 
 
+class ModelFacts(TypedDict, total=False):
+    """Which architecture."""
+
+    family: str
+
+
+class SideFacts(TypedDict):
+    """What was compared."""
+
+    target: str
+    dtype: str
+    quantization: dict[str, Any] | None
+    model: Annotated[dict[str, Any], ModelFacts]
+    layers: Whole
+    max_batch_size: Count
+    max_seq_len: Count
+    checkpoint: CheckpointFacts | None
+    versions: dict[str, str]
+
+
+class GpuFacts(TypedDict):
+    """One GPU."""
+
+    name: str
+
+
+class MachineFacts(EnvironmentFacts, total=False):
+    """Which machine."""
+
+    gpus: list[GpuFacts]
+
+
+class LimitValues(TypedDict):
+    """See `thresholds.Limit`."""
+
+    value: Limit
+    reason: str
+
+
+class LimitNames(TypedDict):
+    """The limits that figures draw; there are more."""
+
+    logits: LimitValues
+    kl: LimitValues
+    states: LimitValues
+    hidden: LimitValues
+    router: LimitValues
+    stable_margin: LimitValues
+
+
+class ThresholdValues(TypedDict):
+    """See `thresholds.Thresholds`."""
+
+    dtype: str
+    exact: bool
+    logit_scale: Positive
+    limits: Annotated[dict[str, LimitValues], LimitNames]
+
+
 @dataclass
 class Measure:
     """A number and its limit. `where` names the place of the worst value."""
 
     name: str
-    value: float
+    value: OrInfinite
     limit: float
     where: str = ""
     at_least: bool = False  # the limit is a lower one
@@ -51,8 +112,8 @@ class Check:
     group: str
     case: str
     measures: list[Measure]
-    compared: int = 0
-    judged: int = 0
+    compared: Whole = 0
+    judged: Whole = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -78,7 +139,7 @@ class LayerErrors:
     tokens; the others are largest in exact types and medians in rounded ones.
     """
 
-    layer: int
+    layer: Whole
     kind: str
     state: float | None = None
     key: float | None = None
@@ -107,11 +168,11 @@ class PositionErrors:
     """
 
     case: str
-    positions: list[int] = field(default_factory=list)
-    max_abs: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
+    positions: list[Whole] = field(default_factory=list)
+    max_abs: list[OrInfinite] = field(default_factory=list)
+    kl: list[OrInfinite] = field(default_factory=list)
     margin: list[float] = field(default_factory=list)
-    decode_from: int | None = None  # positions from here on were decoded one by one
+    decode_from: Whole | None = None  # positions from here on were decoded one by one
 
 
 @dataclass
@@ -122,9 +183,9 @@ class GreedyRun:
     reference's margin between its token and the engine's at the first disagreement. `agreed` has one entry per step.
     """
 
-    prompt_tokens: int
-    tokens: int
-    own_agreed: int
+    prompt_tokens: Whole
+    tokens: Whole
+    own_agreed: Whole
     teacher_forced: float
     difference_margin: float | None = None
     reference_token: int | None = None
@@ -142,7 +203,7 @@ class Fault:
     part: str
     run: str  # what was run when it showed
     measure: str = ""
-    value: float = 0.0
+    value: OrInfinite = 0.0
     limit: float = 0.0
     experts: list[int] = field(default_factory=list)
 
@@ -174,13 +235,13 @@ class ValidationReport:
     """Everything a validation found. `to_dict` is the JSON form, `from_dict` its inverse."""
 
     created: str  # ISO 8601, UTC
-    seconds: float
-    engine: dict[str, Any]
-    reference: dict[str, Any]
-    environment: dict[str, Any]
+    seconds: NotNegative
+    engine: Annotated[dict[str, Any], SideFacts]
+    reference: Annotated[dict[str, Any], SideFacts]
+    environment: Annotated[dict[str, Any], MachineFacts]
     options: dict[str, Any]
-    thresholds: dict[str, Any]
-    logit_scale: float
+    thresholds: Annotated[dict[str, Any], ThresholdValues]
+    logit_scale: NotNegative
     checks: list[Check] = field(default_factory=list)
     layers: list[LayerErrors] = field(default_factory=list)
     positions: list[PositionErrors] = field(default_factory=list)
@@ -240,18 +301,11 @@ class ValidationReport:
                 f"the report has schema version {values.get('schema_version')!r}, this mxcompile reads {SCHEMA_VERSION}; "
                 "validate again"
             )
-        try:
-            known = {field.name: values[field.name] for field in dataclasses.fields(cls)}
-            known["checks"] = [_check(item) for item in values["checks"]]
-            known["layers"] = [LayerErrors(**item) for item in values["layers"]]
-            known["positions"] = [_positions(item) for item in values["positions"]]
-            known["greedy"] = [GreedyRun(**item) for item in values["greedy"]]
-            known["reroutes"] = [Reroute(**item) for item in values["reroutes"]]
-            known["not_run"] = [NotRun(**item) for item in values["not_run"]]
-            known["fault"] = None if values["fault"] is None else Fault(**_finite(values["fault"], "value"))
-            return cls(**known)
-        except (KeyError, TypeError) as error:
-            raise MxcompileError(f"the validation report is damaged ({error}); validate again") from None
+        report = read_record(cls, values, "validate again")
+        for index, item in enumerate(report.positions):
+            if not len(item.positions) == len(item.max_abs) == len(item.kl) == len(item.margin):
+                raise damaged(f"positions[{index}]", "has lists of different lengths", "validate again")
+        return report
 
 
 def _plain(value: Any) -> Any:
@@ -262,18 +316,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _finite(values: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return values | {key: math.inf for key in keys if values[key] is None}
-
-
-def _check(values: dict[str, Any]) -> Check:
-    measures = [Measure(**_finite(item, "value")) for item in values["measures"]]
-    return Check(**{key: item for key, item in values.items() if key != "status"} | {"measures": measures})
-
-
-def _positions(values: dict[str, Any]) -> PositionErrors:
-    for key in ("max_abs", "kl"):
-        values = values | {key: [math.inf if item is None else item for item in values[key]]}
-    return PositionErrors(**values)

@@ -11,15 +11,12 @@ import math
 import re
 
 import pytest
-from bench_models import made_drift, made_perplexity
+from bench_models import made_bench, made_drift, made_perplexity
 
-from engines.directory import read_config
 from model_defs.constants import decay_slopes, rotary_frequencies
 from mxcompile.backends.pytorch import PyTorchSession
 from mxcompile.bench.agreement import SAME
-from mxcompile.bench.results import BenchReport, Cell, Contestant, LayerTimes, NotRun, write_json
-from mxcompile.bench.statistics import summary
-from mxcompile.bench.subject import describe_engine
+from mxcompile.bench.results import write_json
 from mxcompile.checkpoints import create_checkpoint
 from mxcompile.comparing import report, write
 from mxcompile.errors import MxcompileError
@@ -28,61 +25,6 @@ from mxcompile.report.comparison_page import page
 from mxcompile.report.comparison_text import to_csv, to_markdown
 from mxcompile.report.conditions import parse, violations
 from mxcompile.validation import ValidationOptions, validate
-
-
-def made_bench(engine, factor=1.0) -> BenchReport:
-    """A benchmark with made-up times: PyTorch takes `3 / factor` times as long as the engine."""
-    config = read_config(engine)
-    cells = []
-    for batch in (1, 2):
-        for length in (16, 64):
-            for name, slow in (("engine", factor), ("pytorch", 3.0)):
-                first, step = 0.01 * slow * length / 16 * batch, 0.002 * slow
-                rounds = [
-                    {
-                        "ttft_s": first * (1 + i / 50),
-                        "steps_s": [step * (1 + i / 40)] * 4,
-                        "peak_bytes": 50_000_000,
-                        "state_bytes": 90_000,
-                    }
-                    for i in range(3)
-                ]
-                bound = {
-                    "prefill_s": first / 3,
-                    "decode_s": step / 4,
-                    "prefill_fraction": 1 / 3,
-                    "decode_fraction": 0.25,
-                }
-                cells.append(Cell(name, length, batch, rounds, summary(rounds, length, batch), bound))
-    environment = {
-        "cpu": "a CPU",
-        "cores": 2,
-        "threads": 2,
-        "load_average_before": [0.0, 0.0, 0.0],
-        "libraries": {"numpy": "2"},
-    }
-    kinds = {"lightning": 0.5, "softmax": 0.2, "experts": 0.2, "rest": 0.1}
-    return BenchReport(
-        created="2026-01-01T00:00:00+00:00",
-        updated="2026-01-01T00:10:00+00:00",
-        options={
-            "backends": ["engine", "pytorch"],
-            "repeats": 3,
-            "warmup": 1,
-            "passes": 3,
-            "new_tokens": 4,
-            "threads": 2,
-        },
-        engine=describe_engine(engine, config),
-        checkpoint={"path": config.checkpoint.path, "fingerprint": config.checkpoint.fingerprint},
-        environment=environment,
-        finished=True,
-        rates=[{"copy_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11}],
-        contestants=[Contestant("engine", "float32"), Contestant("pytorch", "float32")],
-        cells=cells,
-        not_run=[NotRun("engine", "exceeds its max_seq_len 200", 512, 1)],
-        layer_times=[LayerTimes("engine", 64, 4, kinds, kinds)],
-    )
 
 
 @pytest.fixture(scope="module")

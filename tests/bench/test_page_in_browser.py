@@ -11,7 +11,8 @@ from test_bench_report import made_bench
 
 from mxcompile.bench.results import write_json
 from mxcompile.comparing import report
-from mxcompile.report.comparison_page import write_page
+from mxcompile.report.comparison_page import page
+from mxcompile.report.files import write_text
 from mxcompile.validation import ValidationOptions, validate
 
 pytestmark = pytest.mark.machine  # no Python package brings a browser with the libraries it needs
@@ -93,7 +94,7 @@ def address(engine, checkpoint, tmp_path_factory):
         baseline=folder / "old.json",
         price_per_hour=3.6,
     )
-    write_page(values, folder / "report.html")
+    write_text(folder / "report.html", page(values))
     return (folder / "report.html").as_uri()
 
 
