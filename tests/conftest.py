@@ -1,5 +1,5 @@
 """Makes the oracles importable from every test folder, and skips visible where they would hide a missing package; the
-same examples in every run.
+same examples in every run; Ctrl-C for the programs under test.
 
 With MXCOMPILE_NO_SKIPS=1 (as CI sets it, where every package is installed) only a missing GPU, or something that
 no package can bring (marker ``machine``), excuses a test; any other skip is a failure.
@@ -9,6 +9,7 @@ never of luck or of a busy machine. `pytest --hypothesis-profile=explore` (with 
 """
 
 import os
+import signal
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -17,6 +18,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent / "oracle"))
+
+# What is started in the background of a shell ignores Ctrl-C and hands that down; the programs under test must not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _NO_SKIPS = os.environ.get("MXCOMPILE_NO_SKIPS") == "1"
 _EXCUSES = ("gpu", "machine")
