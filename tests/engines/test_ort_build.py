@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import small_graph
-from conftest import SmallEngine, build_small
+from small_engine import SmallEngine, build_small
 
 from engines import load, placing
 from engines.config import Checkpoint

@@ -15,9 +15,9 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import small_graph
-from conftest import MAX_SEQ_LEN, SmallEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_engine import MAX_SEQ_LEN, SmallEngine
 from small_graph import KINDS, N, Sequence64
 
 from engines.errors import EngineError
