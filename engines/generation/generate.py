@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.generation.constraint import allowed_tokens
 from engines.generation.results import FinishReason, GenerationResult, TokenEvent, TokenLogprobs
 from engines.generation.sampling import Sampler, log_softmax, top_k_ids
 from engines.generation.settings import GenerationConfig, GenerationError
@@ -67,6 +68,7 @@ class Generation:
         vocab_size = session.vocab_size
         for row, prompt in enumerate(self._prompts):
             check_prompt(row, prompt, int(past_B[row]), session.max_seq_len, vocab_size)
+            check_bias(configs[row], vocab_size)
             if configs[row].stop_strings and detokenizer is None:
                 raise GenerationError("stop strings need a tokenizer; use stop token ids with this engine")
         self._images = _image_places(session, self._prompts, images, past_B)
@@ -157,6 +159,7 @@ class Row:
         self.unfed: list[int] = []
         self._stop_reason: int | str | None = None
         self._sampler = Sampler(config, vocab_size, prompt)
+        self._constraint = config.constraint() if config.constraint is not None else None
         self._detokenizer = detokenizer
         self._stops = StopStrings(config.stop_strings)
         self._tokens: list[int] = []
@@ -166,13 +169,15 @@ class Row:
 
     def step(self, logits_N: NDArray[np.floating]) -> TokenEvent:
         """Draw one token and decide whether the sequence ends with it."""
-        token = self._sampler.sample(logits_N)
+        stop_ids = self.config.stop_token_ids
+        allowed_N = allowed_tokens(self._constraint, stop_ids) if self._constraint is not None else None
+        token = self._sampler.sample(logits_N, allowed_N)
         self._last_time = time.perf_counter()
         self._first_time = self._first_time or self._last_time
         self.unfed.append(token)
         logprobs = None
         text = ""
-        if token in self.config.stop_token_ids:
+        if token in stop_ids:
             self.finish_reason, self._stop_reason = "stop", token
         else:
             self._tokens.append(token)
@@ -181,6 +186,10 @@ class Row:
                 self._logprobs.append(logprobs)
             if self._detokenizer is not None:
                 text = self._stops.feed(self._detokenizer.push(token))
+            if self._constraint is not None:
+                self._constraint.accept(token)
+                if not stop_ids and not self._constraint.allowed()[0].any():
+                    self.finish_reason = "stop"  # nothing can follow, and no token says so
         if self.finish_reason is None and self._stops.matched is None and len(self._tokens) >= self.limit:
             self.finish_reason = "length"
         if self.finish_reason is not None and self._detokenizer is not None:
@@ -213,6 +222,12 @@ def token_logprobs(logits_N: NDArray[np.floating], token: int, count: int) -> To
     values_N = log_softmax(logits_N)
     top = [int(i) for i in top_k_ids(values_N, count)] if count else []
     return TokenLogprobs(float(values_N[token]), tuple((i, float(values_N[i])) for i in top))
+
+
+def check_bias(config: GenerationConfig, vocab_size: int) -> None:
+    for token, _ in config.logit_bias:
+        if token >= vocab_size:
+            raise GenerationError(f"logit_bias has token {token}, but the vocabulary is 0 to {vocab_size - 1}")
 
 
 def _configs(config: GenerationConfig | Sequence[GenerationConfig] | None, count: int) -> list[GenerationConfig]:

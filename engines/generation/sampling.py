@@ -1,4 +1,4 @@
-"""From one row of logits to one token: penalties, temperature, top-k, top-p, and a seeded draw.
+"""From one row of logits to one token: bias, penalties, constraint, temperature, top-k, top-p, and a seeded draw.
 
 Legend: N vocabulary, M candidates that are left after top-k and top-p, in ascending order of their ids.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.generation.constraint import ConstraintError
 from engines.generation.settings import GenerationConfig, NotFiniteError
 
 # Rows are cut to this many likely candidates before the sort that top-p needs; widened when their mass falls short.
@@ -59,6 +60,7 @@ class Sampler:
         self._config = config
         # A counter-based generator keyed by the seed alone: what other rows do cannot move this row's stream.
         self._random = np.random.Generator(np.random.Philox(key=config.seed))
+        self._bias = dict(config.logit_bias)
         self._seen_N: NDArray[np.bool_] | None = None
         if config.repetition_penalty != 1.0:
             self._seen_N = np.zeros(vocab_size, dtype=bool)
@@ -66,17 +68,25 @@ class Sampler:
         # Of the output, by token; None when no setting asks for it.
         self._counts: dict[int, int] | None = {} if config.presence_penalty or config.frequency_penalty else None
 
-    def sample(self, logits_N: NDArray[np.floating]) -> int:
-        """Choose the next token. Raises NotFiniteError when the logits hold NaN or +inf, or nothing above -inf."""
+    def sample(self, logits_N: NDArray[np.floating], allowed_N: NDArray[np.bool_] | None = None) -> int:
+        """Choose the next token, of those `allowed_N` if given. Raises NotFiniteError when the logits hold NaN or +inf, or
+        nothing above -inf; ConstraintError when nothing that is allowed does.
+        """
         if not np.isfinite(logits_N.max()):  # max() is NaN when any entry is
             raise NotFiniteError("the engine returned logits that are not finite; validate it against its checkpoint")
         scores_N = logits_N.astype(np.float64)
+        if self._bias:
+            scores_N[list(self._bias)] += list(self._bias.values())
         if self._seen_N is not None:
             penalise_repetition(scores_N, self._seen_N, self._config.repetition_penalty)
         if self._counts:
             ids_M = np.fromiter(self._counts, np.int64)
             counts_M = np.fromiter(self._counts.values(), np.float64)
             scores_N[ids_M] -= self._config.presence_penalty + self._config.frequency_penalty * counts_M
+        if allowed_N is not None:
+            scores_N[~allowed_N] = -np.inf
+            if scores_N.max() == -np.inf:
+                raise ConstraintError("no token can follow that the constraint of this answer allows")
         token = int(scores_N.argmax()) if self._config.temperature == 0 else self._draw(scores_N)
         if self._seen_N is not None:
             self._seen_N[token] = True

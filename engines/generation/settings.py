@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engines.generation.constraint import Constraint
 
 
 class GenerationError(Exception):
@@ -31,7 +34,9 @@ class GenerationConfig:
     every token of the output so far, and `frequency_penalty` once for each time that it stands there. The same `seed`
     gives a prompt the same tokens in any run; in a batch, up to the last bits of the logits, which may tip a draw that
     is a near tie. `logprobs`: None reports none, n >= 0 reports the chosen token and the n most likely ones, all as
-    the engine gave them: before temperature and penalties.
+    the engine gave them: before bias, penalties, constraint and temperature. `logit_bias` is added to the logits of
+    tokens, before penalties; given as a mapping or as pairs of token and number. `constraint` makes the Constraint that
+    one answer must follow.
     """
 
     max_new_tokens: int = 128
@@ -45,6 +50,8 @@ class GenerationConfig:
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    constraint: Callable[[], Constraint] | None = None
 
     def __post_init__(self) -> None:
         _whole("max_new_tokens", self.max_new_tokens, low=1)
@@ -66,6 +73,10 @@ class GenerationConfig:
         for text in self.stop_strings:
             if not isinstance(text, str) or not text:
                 raise GenerationError(f"a stop string must be a non-empty string, not {text!r}")
+        object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
+        for token, value in self.logit_bias:
+            _whole("a token of logit_bias", token, low=0)
+            _number("a value of logit_bias", value, low=-100.0, high=100.0)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
@@ -74,6 +85,14 @@ class GenerationConfig:
         if unknown:
             raise GenerationError(f"unknown generation setting {unknown[0]!r}")
         return cls(**values)
+
+
+def _pairs(bias: Any) -> tuple[tuple[Any, Any], ...]:
+    try:
+        pairs = bias.items() if isinstance(bias, Mapping) else bias
+        return tuple((token, value) for token, value in pairs)
+    except (TypeError, ValueError):
+        raise GenerationError(f"logit_bias must give tokens numbers, as {{token: number}}, not {bias!r}") from None
 
 
 def _whole(name: str, value: Any, *, low: int, high: int | None = None, hint: str = "") -> None:
