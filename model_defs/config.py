@@ -17,6 +17,11 @@ LayerKind = Literal["lightning", "softmax"]
 LAYER_KINDS: tuple[LayerKind, ...] = ("lightning", "softmax")
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a number that fp32 holds: no truth value, not infinite, not NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
 @dataclass(frozen=True)
 class ResidualScale:
     """x_next = alpha * normed_input + beta * sublayer(normed_input)."""
@@ -85,8 +90,13 @@ class ModelConfig:
                 f"slope_layers ({self.slope_layers}) is less than the {len(self.layer_kinds)} layers built"
             )
         for key in ("rope_theta", "rms_norm_eps", "lightning_norm_eps"):
-            if not getattr(self, key) > 0:
-                raise ConfigError(f"{key} must be positive, not {getattr(self, key)!r}")
+            value = getattr(self, key)
+            if not is_number(value) or value <= 0:
+                raise ConfigError(f"{key} must be a positive number, not {value!r}")
+        for key in ("lightning_scale", "softmax_scale", "mlp_scale"):
+            scale = getattr(self, key)
+            if not is_number(scale.alpha) or not is_number(scale.beta):
+                raise ConfigError(f"{key} must hold two numbers, not {scale.alpha!r} and {scale.beta!r}")
 
     @property
     def num_layers(self) -> int:

@@ -66,8 +66,9 @@ class VisionConfig:
                 raise ConfigError(f"{key} {act!r} is not supported; known: {', '.join(ACTIVATIONS)}")
         if not isinstance(self.projector_bias, bool):
             raise ConfigError(f"multimodal_projector_bias must be true or false, not {self.projector_bias!r}")
-        if not isinstance(self.layer_norm_eps, float) or not 0 < self.layer_norm_eps < 1:
-            raise ConfigError(f"vision_config.layer_norm_eps must be between 0 and 1, not {self.layer_norm_eps!r}")
+        eps = self.layer_norm_eps
+        if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < 1:
+            raise ConfigError(f"vision_config.layer_norm_eps must be between 0 and 1, not {eps!r}")
         layers = self.num_hidden_layers
         layer = self.feature_layer
         if not isinstance(layer, int) or isinstance(layer, bool) or not -layers - 1 <= layer <= layers:
@@ -175,7 +176,7 @@ def read_vision(outer: dict[str, Any], vocab_size: int) -> VisionConfig | None:
     config = VisionConfig(
         **found,
         num_channels=inner.get("num_channels", 3),
-        layer_norm_eps=_number(inner.get("layer_norm_eps", 1e-5)),
+        layer_norm_eps=inner.get("layer_norm_eps", 1e-5),
         feature_layer=need(outer, "vision_feature_layer", why="programs for this model differ in its default"),
         projector_act=need(outer, "projector_hidden_act"),
         projector_bias=need(outer, "multimodal_projector_bias"),
@@ -216,10 +217,6 @@ def vision_to_schema(config: VisionConfig, text_hidden_size: int) -> dict[str, A
             "projection_dim": text_hidden_size,
         },
     }
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _pairs(value: Any) -> tuple[tuple[int, int], ...]:
