@@ -11,6 +11,10 @@ from engines.interface import Session
 
 __all__ = ["EngineError", "Session", "load"]
 
+# ONNX Runtime's packages (from 1.29 on) otherwise tell their maker over the network which graphs are run, and keep an identifier of
+# the machine. It reads this while it is imported; a value that the user has set stays.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 
 def load(path: str | os.PathLike[str], **options: Any) -> Session:
     """Open an engine directory with the runtime it was built for; `options` are that runtime's own.

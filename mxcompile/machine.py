@@ -22,6 +22,7 @@ _LIBRARIES = (
     "ml_dtypes",
     "tokenizers",
     "pillow",
+    "llguidance",
     "onnxruntime",
     *_BUILD,
     "transformers",
@@ -162,6 +163,8 @@ def _first_version(distributions: tuple[str, ...]) -> str | None:
 def _providers() -> list[str]:
     if importlib.util.find_spec("onnxruntime") is None:
         return []
+    import engines  # noqa: F401  before onnxruntime, which it keeps from reporting home
+
     try:
         import onnxruntime
     except Exception as error:  # a broken installation is a finding, not a failure of the report

@@ -6,6 +6,7 @@ space, memory); 70 a fault of mxcompile itself; 130 interrupted; 141 the reader 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -85,6 +86,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
+    _open_standard_streams()
     _terminate_cleanly()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character must not end a generation
@@ -106,6 +108,23 @@ def _run(args: list[str]) -> int:
     with cli.make_context("mxcompile", args) as context:
         result: Any = cli.invoke(context)
     return result if isinstance(result, int) else 0
+
+
+def _open_standard_streams() -> None:
+    """Who closed one (`>&-`) wants nothing of it. Left closed, the next file that is opened would take its number, and what libraries
+    print would end up in it: in an engine's weights, say.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            with contextlib.suppress(OSError):
+                opened = os.open(os.devnull, os.O_RDWR)
+                if opened != number:  # a lower one was free, too
+                    os.dup2(opened, number)
+                    os.close(opened)
+                os.set_inheritable(number, True)
+                setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _terminate_cleanly() -> None:

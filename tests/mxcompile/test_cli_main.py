@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import subprocess
 import sys
 
@@ -143,6 +144,28 @@ def test_a_reader_that_goes_away_is_not_an_error_message(arguments):
     process.stdout.close()
     assert (process.stderr.read(), process.wait(300)) == ("", 141)
     process.stderr.close()
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("arguments", [["plugins", "list"], ["checkpoint", "verify"]])
+def test_a_closed_stream_is_nothing_to_fail_for(arguments, closed, tiny_checkpoint):
+    """Whose number would otherwise go to a file that is opened later."""
+    names = [str(tiny_checkpoint)] if arguments[-1] == "verify" else []
+    words = shlex.join([sys.executable, "-m", "mxcompile", *arguments, *names])
+    shell = ["sh", "-c", f"{words} {closed}"]
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=300, check=False, env=environment())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bool(done.stdout) == (">&-" not in closed.replace("2>&-", ""))
+
+
+def test_nothing_of_a_run_is_told_to_the_maker_of_the_runtime(tmp_path):
+    """ONNX Runtime would leave an identifier of the machine in the home folder. It does not where it takes a variable for that of a CI."""
+    script = "import engines, onnxruntime; print(onnxruntime.get_available_providers())"
+    kept = {name: value for name, value in environment().items() if name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")}
+    for start in (["-c", script], ["-m", "mxcompile", "doctor"]):
+        command = [sys.executable, *start]
+        subprocess.run(command, capture_output=True, timeout=300, check=True, env=kept | {"HOME": str(tmp_path)})
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_doctor_reports_this_machine(mxcompile):
