@@ -35,6 +35,8 @@ class Tokenizer:
         special = {i: token.content for i, token in added.items() if token.special}
         # Ids that never show in text.
         self.hidden = frozenset(i for i, content in special.items() if content != FUNCTION_CALL)
+        # Ids that no text is made of: a grammar must name them to allow them.
+        self.special = frozenset({*special, *self.eos_token_ids})
         self._added = frozenset(added)
         self._bytes = _letters_of_bytes() if type(backend.decoder).__name__ == "ByteLevel" else None
 
@@ -59,6 +61,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Ids the tokenizer knows, special tokens included; a model's vocabulary may be padded beyond it."""
         return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def byte_level(self) -> bool:
+        """Whether every token stands for bytes of its own, wherever it is."""
+        return self._bytes is not None
 
     def token_id(self, token: str) -> int | None:
         """The id of one token by its exact text."""

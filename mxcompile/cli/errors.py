@@ -30,6 +30,7 @@ _EXTRAS = {
     "tensorrt_rtx": "tensorrt-rtx",
     "cuda": "tensorrt-rtx",
     "PIL": "vision",
+    "llguidance": "structured",
 }
 
 
