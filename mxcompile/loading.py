@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,6 +16,8 @@ from engines.config import EngineConfig
 from engines.generation import Generation, GenerationConfig, GenerationResult, TokenEvent
 from engines.interface import Session, State, StepResult
 from mxcompile.errors import MxcompileError
+from mxcompile.guides import Guide
+from mxcompile.guides.compiler import GuideCompiler
 from mxcompile.image_prompts import ImageSource, with_images
 from mxcompile.tokenizer import Tokenizer
 
@@ -59,6 +62,11 @@ class LoadedEngine:
         """Which published model this is one of: "text-01", "m1" or "vl-01"; it decides the chat's text."""
         return str(self.config.model.get("family", "text-01"))
 
+    @cached_property
+    def guides(self) -> GuideCompiler:
+        """What makes the constraints of answers that must follow a schema, an expression or a grammar."""
+        return GuideCompiler(self.tokenizer, self.session.vocab_size)
+
     def new_state(self, batch_size: int) -> State:
         """Buffers for `batch_size` empty sequences."""
         return self.session.new_state(batch_size)
@@ -93,7 +101,8 @@ class LoadedEngine:
     ) -> GenerationResult | list[GenerationResult]:
         """Generate for one text, or for a list of texts or token lists.
 
-        `settings` are those of `GenerationConfig`; stop_token_ids defaults to the model's end of sequence.
+        `settings` are those of `GenerationConfig`; stop_token_ids defaults to the model's end of sequence. Answers follow
+        `guide`, a `mxcompile.guides.Guide`, if there is one (raises GuideError when they cannot).
         `prefill_chunk` overrides the engine's. `images` are those that one text is about (paths, bytes or PIL images), in the
         order of its `<image>` marks, or a list of them for each prompt. Raises GenerationError for what cannot be honoured,
         EngineError for an image that cannot be read.
@@ -115,10 +124,13 @@ class LoadedEngine:
         state: State | None = None,
         prefill_chunk: int | None = None,
         images: Sequence[Sequence[ImageSource]] | None = None,
+        guide: Guide | None = None,
         **settings: Any,
     ) -> Generation:
         """As `generate`, as an iterator over tokens; leaving it early stops the work."""
         settings.setdefault("stop_token_ids", self.eos_token_ids)
+        if guide is not None:
+            settings["constraint"] = self.guides.compile(guide)
         ids = [self.tokens(prompt) for prompt in prompts]
         ids, prepared = with_images(self.config, prompts, ids, images)
         return Generation(

@@ -12,6 +12,7 @@ from mxcompile.cli.options import PATH, Verb, json_option, prefill_chunk_option,
 
 if TYPE_CHECKING:
     from engines.generation import GenerationResult, TokenEvent
+    from mxcompile.guides import Guide
     from mxcompile.loading import LoadedEngine
 
 
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
     help="Image (PNG, JPEG or WebP) for the next <image> in the prompt; repeatable. --chat puts missing marks in front.",
 )
 @sampling_options
+@click.option("--json-schema", metavar="FILE", help="Answer with JSON that follows this schema; - reads stdin.")
+@click.option("--regex", metavar="EXPRESSION", help="Answer with what this expression matches as a whole.")
+@click.option(
+    "--grammar", metavar="FILE", help="Answer with what this grammar (Lark or GBNF) describes; - reads stdin."
+)
 @prefill_chunk_option
 @threads_option
 @click.option("--checkpoint", type=PATH, metavar="DIR", help="Where the engine's checkpoint lies now, if it was moved.")
@@ -48,6 +54,9 @@ def command(
     no_stream: bool,
     threads: int | None,
     checkpoint: Path | None,
+    json_schema: str | None,
+    regex: str | None,
+    grammar: str | None,
     **settings: Any,
 ) -> None:
     """Generate with a built engine.
@@ -70,7 +79,8 @@ def command(
     if images and talk:
         raise click.UsageError("--image needs a prompt; talking in turns takes text only", click.get_current_context())
     ids = None if tokens is None else _token_ids(tokens)
-    text = _read(prompt_file) if prompt_file is not None else prompt
+    text = _read(prompt_file, "--prompt-file") if prompt_file is not None else prompt
+    guide = _guide(json_schema, regex, grammar)
 
     from engines.directory import read_config
     from engines.parallel.join import launched
@@ -80,6 +90,8 @@ def command(
     if started is not None:  # an engine of one rank would otherwise answer once per process
         started.check(read_config(engine_dir).mapping.ranks)
     engine = load(engine_dir, threads=threads, checkpoint=checkpoint)
+    if guide is not None:
+        settings["constraint"] = engine.guides.compile(guide)
     if talk:
         from mxcompile.cli.chat_loop import talk_in_turns
 
@@ -149,6 +161,20 @@ def _sources(prompt: str | None, prompt_file: str | None, tokens: str | None) ->
     return {"--prompt": prompt, "--prompt-file": prompt_file, "--tokens": tokens}
 
 
+def _guide(json_schema: str | None, regex: str | None, grammar: str | None) -> Guide | None:
+    """What the answer must follow."""
+    given = {"--json-schema": json_schema, "--regex": regex, "--grammar": grammar}
+    found = [(name, value) for name, value in given.items() if value is not None]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise click.UsageError(f"give one of {', '.join(name for name, _ in found)}", click.get_current_context())
+    from mxcompile.guides import Guide
+
+    name, value = found[0]
+    return Guide(name.removeprefix("--").replace("-", "_"), value if name == "--regex" else _read(value, name))
+
+
 def _token_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -156,12 +182,13 @@ def _token_ids(text: str) -> list[int]:
         raise click.BadParameter(f"{text!r} is not a list of token ids like 1,2,3", param_hint="--tokens") from None
 
 
-def _read(name: str) -> str:
+def _read(name: str, option: str) -> str:
     """The text of a file, or of stdin for "-". It must be UTF-8."""
+    from mxcompile.bounded import read_bounded
+
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return data.decode("utf-8")
+        return read_bounded(sys.stdin.buffer if name == "-" else name).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise click.BadParameter(f"{name} is not UTF-8 text (byte {error.start})", param_hint="--prompt-file") from None
+        raise click.BadParameter(f"{name} is not UTF-8 text (byte {error.start})", param_hint=option) from None
     except OSError as error:
-        raise click.BadParameter(f"{name}: {error.strerror}", param_hint="--prompt-file") from error
+        raise click.BadParameter(f"{name}: {error.strerror}", param_hint=option) from error

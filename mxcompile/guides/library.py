@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # A blank, or a line break with an indentation: without a bound, a model may write blanks for ever. Where a schema has
 # "x-guidance", that decides.
-WHITESPACE = r"\x20|\r?\n[\x20\t]{0,40}"
+WHITESPACE = r"\x20|\n[\x20\t]{0,40}"
 _LONGEST_REASON = 300  # characters
 # Lines of the library's messages that show the source or the parser's inside.
 _NOISE = re.compile(r"\s*(\d+ \| .*|\^|<non-verbose/>|\(no grammar.*)?\s*")
