@@ -44,8 +44,8 @@ from export.weights import bind_weights
 from model_defs.checkpoint.names import expected_tensors
 from model_defs.config import ModelConfig
 from model_defs.presets import preset
-from mxcompile.building import quantize
 from mxcompile.exporting import graph
+from mxcompile.quantized import quantize
 
 TARGET = "tensorrt-rtx"
 
@@ -109,7 +109,7 @@ def int8(config: ModelConfig, request: BuildRequest, scratch: Path) -> dict[str,
     zeros = scratch / "checkpoint"
     zeros.mkdir()
     bind_weights(model, config, StandIn(config, zeros))
-    error = quantize(model)
+    error = quantize(model, {"experts": "int8"})
     request = dataclasses.replace(
         request, quantization={"experts": "int8"}, checkpoint=Checkpoint(str(zeros), "none"), strip_weights=True
     )

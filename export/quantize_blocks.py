@@ -6,8 +6,10 @@ Rules:
    block, [N, blocks]. MoE becomes QMoE with uint8 [E, rows, bytes] and scales [E, rows, blocks].
 3. `accuracy_level` 4: products take activations in int8, one scale per token and block. The other levels widen the weights at each
    step, which in 8 bits is 50 times slower than fp32 (docs/quantization.md).
-4. Only bound graphs (`export.weights`) can be quantized. Weights keep their names, their scales are called NAME.scale. Nothing is read
-   before somebody asks for a weight; memory then holds one quantized matrix (of all experts of a layer) and some rows in fp32.
+4. Only bound graphs (`export.weights`, `export.parallel.weights`) can be quantized. A rank quantizes the slices that it holds; their
+   columns are whole blocks (`check_blocks`), so its numbers and scales are slices of those of one rank.
+5. Weights keep their names, their scales are called NAME.scale. Nothing is read before somebody asks for a weight; memory then holds
+   one quantized matrix (of all experts of a layer) and some rows in fp32.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.errors import ExportError
+from export.parallel.mapping import ParallelMapping
 from export.quantize import DOMAIN, QuantizationError
 from export.weights import ConvertedTensor, ExpertTensor
 from model_defs.config import ModelConfig
@@ -28,8 +31,8 @@ INT8_ACTIVATIONS = 4  # the operators' accuracy_level
 _SAMPLED_ROWS = 64  # of a matrix: they tell the error of all
 
 
-def check_blocks(config: ModelConfig, quantize: str) -> None:
-    """Raises ExportError where a width of the model is no multiple of the block size."""
+def check_blocks(config: ModelConfig, quantize: str, mapping: ParallelMapping | None = None) -> None:
+    """Raises ExportError where a width of the model is no multiple of the block size, or ranks of `mapping` would cut a block."""
     widths = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -42,6 +45,11 @@ def check_blocks(config: ModelConfig, quantize: str) -> None:
                 f"quantization to {quantize} takes blocks of {scheme.block} weights, and {name} is {widths[name]}, no multiple of it; "
                 "build without --quantize"
             )
+    if mapping is not None:
+        try:
+            mapping.check(config, WHOLE[quantize].block)
+        except ExportError as error:
+            raise ExportError(f"quantization to {quantize}: {error}") from error
 
 
 class QuantizeWeights(ir.passes.InPlacePass):
@@ -51,10 +59,6 @@ class QuantizeWeights(ir.passes.InPlacePass):
         super().__init__()
         self.quantize = quantize
         self.error = QuantizationError()
-
-    def described(self) -> dict[str, object]:
-        """For the engine's configuration; true once all weights are written."""
-        return described(self.quantize, self.error)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False

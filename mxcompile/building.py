@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from engines.config import Checkpoint as CheckpointReference
 from engines.config import EngineConfig
@@ -19,12 +19,15 @@ from mxcompile import __version__
 from mxcompile.errors import MxcompileError
 from mxcompile.exporting import DTYPES, bound_graph, check_choice, graph, open_checkpoint, peak_memory
 from mxcompile.progress import Progress, SilentProgress, Stage, StageClock
+from mxcompile.quantized import asked_for, described
+from mxcompile.quantized import quantize as quantize_graph
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from export.parallel.plan import ShardingPlan
-    from export.quantize import QuantizationError
+    from export.weights import Source
+    from model_defs.checkpoint.reader import Checkpoint
     from model_defs.config import ModelConfig
 
 TARGET_DTYPES = {
@@ -95,7 +98,7 @@ def build(
         device: "cuda" lets ONNX Runtime run the engine with its CUDA provider, which must be here; never tried.
         strip_weights: keep the weights out of a TensorRT engine; it reads them from the checkpoint when it is loaded.
         quantize: "int8" or "int4" keeps all large matrices in 8 or 4 bits, quantized from the checkpoint on the way; products with
-            them take activations in int8 (docs/quantization.md). For ONNX Runtime on the CPU, one rank.
+            them take activations in int8 (docs/quantization.md). For ONNX Runtime on the CPU.
         quantize_experts: "int8" keeps the experts' weights in 8 bits, quantized from the checkpoint on the way.
         taps: let a TensorRT engine give out what is behind every layer, so that `validate` can name the layer that is off. Every step
             then writes it, so not for use. ONNX Runtime engines do so without.
@@ -124,7 +127,7 @@ def build(
     if quantize_experts is not None:
         check_choice("quantize-experts", quantize_experts, QUANTIZATIONS)
     if quantize is not None:
-        _check_quantize(quantize, quantize_experts, target, device, tp_size, cp_size)
+        _check_quantize(quantize, quantize_experts, target, device)
     if device != "cpu" and (target != "onnxruntime" or tp_size > 1 or cp_size > 1):
         raise MxcompileError(
             "--device is for engines of one rank for onnxruntime; --gpu says what a TensorRT engine is for"
@@ -156,10 +159,6 @@ def build(
         )
     if gpu is not None or strip_weights or taps:
         raise MxcompileError(f"--gpu, --strip-weights and --taps are for the TensorRT targets, not for {target}")
-    if quantize_experts is not None and (tp_size > 1 or cp_size > 1):
-        raise MxcompileError(
-            f"the target {target} runs quantized experts on one rank; leave --quantize-experts out, or --tp-size and --cp-size"
-        )
     from engines.onnxruntime.devices import providers
 
     providers(device)
@@ -177,7 +176,7 @@ def build(
             if quantize is not None:
                 from export.quantize_blocks import check_blocks
 
-                check_blocks(config, quantize)
+                check_blocks(config, quantize, plan.mapping)
         with clock.stage("trace"), _torch_threads(threads):
             model = graph(config, dtype) if several else bound_graph(config, dtype, opened)
 
@@ -185,12 +184,14 @@ def build(
         from engines.onnxruntime.build import build as build_engine
         from export.contract import hidden_tap, router_tap
 
+        how = asked_for(quantize, quantize_experts)
         request = BuildRequest(
             model=config.to_dict(),
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
             prefill_chunk=chunk,
             dtype=dtype,
+            quantization=how,
             checkpoint=CheckpointReference(str(opened.folder), fingerprint),
             taps=[tap(layer) for layer in range(config.num_layers) for tap in (hidden_tap, router_tap)],
             mxcompile_version=__version__,
@@ -198,12 +199,12 @@ def build(
             mapping=EngineMapping(**dataclasses.asdict(plan.mapping)),
         )
         if not several:
-            quantized = _quantize(model, quantize, quantize_experts)
+            error = None if how is None else quantize_graph(model, how)
             with StageByName(clock) as report:
                 referenced = referenced_bytes(model)
                 engine = build_engine(model, writer, request, report)
-            if quantized is not None:
-                engine = dataclasses.replace(engine, quantization=quantized())
+            if how is not None and error is not None:
+                engine = dataclasses.replace(engine, quantization=described(how, error))
         else:
             from mxcompile.rank_building import build_ranks
 
@@ -211,7 +212,7 @@ def build(
                 engine, referenced = build_ranks(model, plan, opened.folder, writer, request, shown, build_jobs)
             if cp_size > 1:
                 with StageByName(clock) as report:
-                    engine = _build_segments(engine, model, plan, writer, report)
+                    engine = _build_segments(engine, model, plan, writer, report, opened, how)
         if config.vision is not None:
             from mxcompile.vision_building import add_vision
 
@@ -281,9 +282,7 @@ def _sharding_plan(
     return plan
 
 
-def _check_quantize(
-    quantize: str, quantize_experts: str | None, target: str, device: str, tp_size: int, cp_size: int
-) -> None:
+def _check_quantize(quantize: str, quantize_experts: str | None, target: str, device: str) -> None:
     """MxcompileError where a whole model cannot be quantized like this."""
     check_choice("quantize", quantize, WHOLE_QUANTIZATIONS)
     if quantize_experts is not None:
@@ -294,28 +293,6 @@ def _check_quantize(
         )
     if device != "cpu":
         raise MxcompileError("--quantize is for the CPU; leave --device out")
-    if tp_size > 1 or cp_size > 1:
-        raise MxcompileError("--quantize is for engines of one rank; leave it out, or --tp-size and --cp-size")
-
-
-def _quantize(model: ir.Model, whole: str | None, experts: str | None) -> Callable[[], dict[str, Any]] | None:
-    """Quantize a bound graph; a function that says how for the engine's configuration, once the weights have been written."""
-    if whole is not None:
-        from export.quantize_blocks import QuantizeWeights
-
-        weights = QuantizeWeights(whole)
-        weights(model)
-        return weights.described
-    return quantize(model).described if experts is not None else None
-
-
-def quantize(model: ir.Model) -> QuantizationError:
-    """Let the experts of a bound graph be int8; the error is known when their weights have been written."""
-    from export.quantize import QuantizeExperts
-
-    experts = QuantizeExperts()
-    experts(model)
-    return experts.error
 
 
 def _shared_chunk(prefill_chunk: int | None, max_seq_len: int, cp_size: int) -> int:
@@ -336,17 +313,33 @@ def _shared_chunk(prefill_chunk: int | None, max_seq_len: int, cp_size: int) -> 
 
 
 def _build_segments(
-    engine: EngineConfig, model: ir.Model, plan: ShardingPlan, writer: EngineDirWriter, report: StageByName
+    engine: EngineConfig,
+    model: ir.Model,
+    plan: ShardingPlan,
+    writer: EngineDirWriter,
+    report: StageByName,
+    checkpoint: Checkpoint,
+    how: dict[str, Any] | None,
 ) -> EngineConfig:
     """Add the graphs with which ranks share the tokens of a chunk to what the first set of ranks has."""
     from engines.parallel.segments import build_segments
     from export.parallel.context import split_context
     from export.parallel.shard import shard
+    from export.parallel.weights import bind_rank_weights
+
+    def quantized(mine: ir.Model, rank: int) -> ir.Model:
+        if how is not None:  # for the form of the weights; the first set of ranks has written their numbers
+            bind_rank_weights(mine, plan, rank, cast("Source", checkpoint))
+            quantize_graph(mine, how)
+        return mine
+
+    def graph_of(rank: int) -> ir.Model:
+        return quantized(shard(model, plan, rank), rank)
 
     def segment_of(rank: int) -> ir.Model:
-        return split_context(shard(model, plan, rank), plan, rank)
+        return quantized(split_context(shard(model, plan, rank), plan, rank), rank)
 
-    return build_segments(engine, lambda rank: shard(model, plan, rank), segment_of, writer, report)
+    return build_segments(engine, graph_of, segment_of, writer, report)
 
 
 class StageByName:

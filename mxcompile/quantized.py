@@ -1,12 +1,41 @@
-"""What a quantized engine is held against: the PyTorch definition with weights rounded alike, and its yardstick."""
+"""How a build quantizes a graph, and what a quantized engine is held against: the PyTorch definition with weights rounded alike."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engines.config import EngineConfig
 from model_defs.quantization import SCHEMES, WHOLE
 from mxcompile.errors import MxcompileError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from export.quantize import QuantizationError
+
+
+def asked_for(whole: str | None, experts: str | None) -> dict[str, Any] | None:
+    """What a build was asked for, in the words of an engine's configuration; None: nothing to quantize."""
+    if whole is not None:
+        return {"weights": whole}
+    return None if experts is None else {"experts": experts}
+
+
+def quantize(model: ir.Model, how: dict[str, Any]) -> QuantizationError:
+    """Quantize a bound graph as an engine's configuration says; the error is known when the weights have been written."""
+    from export.quantize import QuantizeExperts
+    from export.quantize_blocks import QuantizeWeights
+
+    chosen = QuantizeWeights(how["weights"]) if "weights" in how else QuantizeExperts()
+    chosen(model)
+    return chosen.error
+
+
+def described(how: dict[str, Any], error: QuantizationError) -> dict[str, Any]:
+    """For the engine's configuration, once all weights have been written."""
+    from export.quantize_blocks import described as whole
+
+    return whole(how["weights"], error) if "weights" in how else error.described()
 
 
 def reference_options(config: EngineConfig) -> dict[str, Any]:
@@ -20,7 +49,9 @@ def reference_options(config: EngineConfig) -> dict[str, Any]:
     if found.get("weights") in WHOLE and "experts" not in found:
         return {"quantize": found["weights"]}
     if found.get("experts") in SCHEMES and "weights" not in found:
-        return {"quantize_experts": found["experts"]}
+        # Ranks that share the experts' inner width have a scale each for their columns of a row.
+        parts = config.mapping.moe_tp_size
+        return {"quantize_experts": found["experts"]} | ({"expert_parts": parts} if parts > 1 else {})
     raise MxcompileError(
         f"no limits are set for engines quantized as {found!r}; validate an engine without quantization"
     )

@@ -25,9 +25,10 @@ from engines.config import EngineConfig, FileRecord
 from engines.directory import EngineDirWriter, EngineFiles
 from engines.errors import ENVIRONMENT, EngineError
 from engines.tensorrt.build import BuildRequest as TensorRTRequest
-from mxcompile.building import quantize, referenced_bytes
+from mxcompile.building import referenced_bytes
 from mxcompile.machine import available_memory
 from mxcompile.progress import Progress, Stage
+from mxcompile.quantized import described, quantize
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -130,7 +131,7 @@ def build_one(task: RankTask, report: Report) -> BuiltRank:
     request, files = task.request, EngineFiles(Path(task.folder), Path(task.target))
     mine = shard(ir.load(task.graph), task.plan, request.rank)
     bind_rank_weights(mine, task.plan, request.rank, Checkpoint.open(task.checkpoint))
-    error = quantize(mine) if request.quantization is not None else None
+    error = None if request.quantization is None else quantize(mine, request.quantization)
     referenced, exchanges = referenced_bytes(mine), []
     if isinstance(request, TensorRTRequest):
         referenced *= request.strip_weights
@@ -156,7 +157,9 @@ def _together(built: list[BuiltRank], request: BuildRequest | TensorRTRequest) -
     else:
         whole = onnxruntime.together(configs)
     errors = [QuantizationError(*one.quantization) for one in built if one.quantization is not None]
-    return replace(whole, quantization=sum(errors, QuantizationError()).described()) if errors else whole
+    if request.quantization is None:
+        return whole
+    return replace(whole, quantization=described(request.quantization, sum(errors, QuantizationError())))
 
 
 def possible_jobs(plan: ShardingPlan, request: BuildRequest | TensorRTRequest) -> int:

@@ -21,6 +21,7 @@ from engines.weights import Manifest, WeightRecord, map_weights
 from mxcompile.errors import MxcompileError
 from mxcompile.exporting import open_checkpoint, peak_memory
 from mxcompile.progress import Progress, SilentProgress, StageClock
+from mxcompile.quantized import described
 from mxcompile.same_model import first_difference
 
 if TYPE_CHECKING:
@@ -154,11 +155,7 @@ def _quantization(config: EngineConfig, errors: list[QuantizationError]) -> dict
     total = errors[0]
     for error in errors[1:]:
         total = total + error
-    if "weights" in config.quantization:
-        from export.quantize_blocks import described
-
-        return described(config.quantization["weights"], total)
-    return total.described()
+    return described(config.quantization, total)
 
 
 def _checked(clock: StageClock) -> Callable[[Path], None]:
@@ -272,7 +269,7 @@ class _Rank:
 
         # The shape as it is in the model: stored, two 4-bit numbers share a byte, and a rank has a part of it.
         by_blocks = (self._config.quantization or {}).get("weights")
-        shape = self._plan.shapes[record.name] if by_blocks else tuple(record.shape)
+        shape = self._plan.held_shape(record.name) if by_blocks else tuple(record.shape)
         experts = self._bound(ir.Value(name=record.name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape)))
         self._errors.append(QuantizationError())
         if by_blocks:

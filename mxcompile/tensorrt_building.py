@@ -17,10 +17,11 @@ from engines.errors import EngineError
 from engines.tensorrt.device import compute_capability
 from engines.tensorrt.gpus import Gpu, check_at_hand, find_gpu
 from mxcompile import __version__
-from mxcompile.building import BuildSummary, StageByName, check_limits, engine_sizes, quantize, referenced_bytes
+from mxcompile.building import BuildSummary, StageByName, check_limits, engine_sizes, referenced_bytes
 from mxcompile.errors import EnvironmentProblem, MxcompileError
 from mxcompile.exporting import graph, open_checkpoint, peak_memory
 from mxcompile.progress import Progress, SilentProgress, StageClock
+from mxcompile.quantized import asked_for, quantize
 from mxcompile.refitting import BUILD_KEY
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def build_tensorrt(
             prefill_chunk=prefill_chunk or DEFAULT_PREFILL_CHUNK,
             dtype=dtype,
             strip_weights=strip_weights,
-            quantization=None if quantize_experts is None else {"experts": quantize_experts},
+            quantization=asked_for(None, quantize_experts),
             taps=[tap(layer) for layer in range(config.num_layers) for tap in (hidden_tap, router_tap)] if taps else [],
             checkpoint=CheckpointReference(str(opened.folder), opened.fingerprint()),
             mapping=EngineMapping(tp_size, plan.mapping.moe_tp_size, plan.mapping.moe_ep_size),
@@ -143,7 +144,7 @@ def _build_engine(
     from export.weights import bind_weights
 
     bind_weights(model, config, cast("Source", checkpoint))
-    error = quantize(model) if request.quantization is not None else None
+    error = None if request.quantization is None else quantize(model, request.quantization)
     referenced = referenced_bytes(model) if request.strip_weights else 0
     engine = build(model, writer, request, report)
     return (engine if error is None else dataclasses.replace(engine, quantization=error.described())), referenced

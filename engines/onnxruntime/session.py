@@ -254,6 +254,11 @@ class OrtSession(RaggedSession):
         check_started(session, device)
         return session
 
+    @property
+    def _tap_prepack(self) -> bool:
+        """Packed weights cost memory, but a model quantized as a whole computes something else without."""
+        return self._int8_activations and self._prepack
+
     def _with_taps(self) -> ort.InferenceSession:
         """A second session that also gives out the tapped values; shares the weights, so it costs little memory."""
         if self._tap_session is None:
@@ -262,8 +267,7 @@ class OrtSession(RaggedSession):
             model = onnx.load(str(self._graph), load_external_data=False)
             for name in self._config.taps:
                 model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-            # A quantized model computes something else without packed weights.
-            self._tap_session = self._open(model.SerializeToString(), prepack=self._int8_activations and self._prepack)
+            self._tap_session = self._open(model.SerializeToString(), self._tap_prepack)
         return self._tap_session
 
 

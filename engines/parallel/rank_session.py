@@ -106,5 +106,5 @@ class RankSession(OrtSession):
                     model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
                 content.append(pieces.replace_outputs(piece, [*piece.outputs, *names]))
                 models.append(model.SerializeToString() if data else b"")
-            self._tap_session = self._load(content, models, prepack=False)
+            self._tap_session = self._load(content, models, self._tap_prepack)
         return self._tap_session

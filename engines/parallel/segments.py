@@ -50,6 +50,7 @@ def build_segments(
             write_pieces(writer, names.graph, rank, engine)
         segment = _lowered(segment_of(rank), placed)
         GroupExperts()(segment)
+        lower_expert_ranges(segment)  # experts with one scale per row stay one operator
         write_graph(writer, names.prefill_graph, segment)
         write_pieces(writer, names.prefill_graph, rank, engine)
         files.append(names)

@@ -89,10 +89,15 @@ class ParallelMapping:
         """Which part of each expert's inner width `rank` holds."""
         return self.tp_rank(rank) // self.moe_ep_size
 
-    def check(self, config: ModelConfig) -> None:
-        """Raise ExportError with the reason and the nearest possible sizes if `config` cannot be cut like this."""
-        for problem in _tp_problems(config, self.tp_size):
-            possible = _nearest(self.tp_size, range(1, LARGEST_SIZE + 1), lambda size: not _tp_problems(config, size))
+    def check(self, config: ModelConfig, block: int = 1) -> None:
+        """Raise ExportError with the reason and the nearest possible sizes if `config` cannot be cut like this.
+
+        block: neighbouring columns of a weight that share a scale and must stay on one rank (`export.quantize_blocks`).
+        """
+        for problem in _tp_problems(config, self.tp_size, block):
+            possible = _nearest(
+                self.tp_size, range(1, LARGEST_SIZE + 1), lambda size: not _tp_problems(config, size, block)
+            )
             raise ExportError(f"tp_size {self.tp_size}: {problem}; {possible}")
         divisors = [size for size in range(1, self.tp_size + 1) if self.tp_size % size == 0]
         if config.num_local_experts % self.moe_ep_size:
@@ -100,11 +105,17 @@ class ParallelMapping:
             raise ExportError(
                 f"moe_ep_size {self.moe_ep_size}: the {config.num_local_experts} experts do not divide by it; {possible}"
             )
-        if config.intermediate_size % self.moe_tp_size:
-            possible = _nearest(self.moe_tp_size, divisors, lambda size: config.intermediate_size % size == 0)
+        if config.intermediate_size % (self.moe_tp_size * block):
+            possible = _nearest(self.moe_tp_size, divisors, lambda size: config.intermediate_size % (size * block) == 0)
+            blocks = f" in blocks of {block}" if block > 1 else ""
+            whole = (
+                f"; moe_ep_size {self.tp_size} leaves experts whole"
+                if not config.num_local_experts % self.tp_size
+                else ""
+            )
             raise ExportError(
-                f"moe_tp_size {self.moe_tp_size}: the experts' inner width of {config.intermediate_size} does not divide "
-                f"by it; {possible}"
+                f"moe_tp_size {self.moe_tp_size}: the experts' inner width of {config.intermediate_size}{blocks} does not divide "
+                f"by it; {possible}{whole if block > 1 else ''}"
             )
 
 
@@ -113,11 +124,13 @@ def kv_parts(config: ModelConfig, tp_size: int) -> int:
     return min(tp_size, config.num_key_value_heads)
 
 
-def _tp_problems(config: ModelConfig, tp_size: int) -> list[str]:
+def _tp_problems(config: ModelConfig, tp_size: int, block: int = 1) -> list[str]:
     problems = []
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % tp_size:
         problems.append(f"the {heads} attention heads do not divide by it")
+    elif config.attention_width % (tp_size * block):
+        problems.append(f"the heads' width of {config.attention_width} in blocks of {block} does not divide by it")
     if config.softmax_layers and kv_heads % tp_size and tp_size % kv_heads:
         problems.append(f"the {kv_heads} key/value heads neither divide by it nor it by them")
     return problems

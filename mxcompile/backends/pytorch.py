@@ -80,6 +80,7 @@ class PyTorchSession:
         dtype: str = "float32",
         layers: int | None = None,
         quantize_experts: str | None = None,
+        expert_parts: int = 1,
         quantize: str | None = None,
         int8_activations: bool = False,
         vision: bool = False,
@@ -91,6 +92,7 @@ class PyTorchSession:
             dtype: of weights and activations; "float64" and "float32" widen the stored weights exactly.
             layers: take the first ones only.
             quantize_experts: "int8" rounds the experts' weights as an engine with int8 experts does.
+            expert_parts: ranks that share each expert's inner width in such an engine.
             quantize: "int8" or "int4" rounds all large matrices as an engine built so does.
             int8_activations: round what goes into products with those as well, as such an engine does.
             vision: with the vision half, if the checkpoint has one (float32 and float64 only).
@@ -108,7 +110,7 @@ class PyTorchSession:
         config = config if layers is None else config.truncated(layers)
         require_complete(opened, config)
         reference = CheckpointReference(str(opened.folder), opened.fingerprint())
-        model = load_model(opened, config, dtype, quantize_experts, quantize)
+        model = load_model(opened, config, dtype, quantize_experts, quantize, expert_parts)
         if int8_activations and quantize is not None:
             from mxcompile.backends.rounded_activations import round_activations
 
@@ -401,8 +403,9 @@ def load_model(
     dtype: str = "float32",
     quantize_experts: str | None = None,
     quantize: str | None = None,
+    expert_parts: int = 1,
 ) -> TextModel:
-    """`TextModel(config)` with the checkpoint's weights; one parameter at a time is held twice."""
+    """`TextModel(config)` with the checkpoint's weights; one parameter at a time is held twice. See `PyTorchSession.load`."""
     if quantize_experts not in (None, *SCHEMES):
         raise EngineError(
             f"the PyTorch definition knows no experts in {quantize_experts!r}; known: {', '.join(SCHEMES)}"
@@ -416,7 +419,10 @@ def load_model(
         # A copy: the checkpoint's arrays are views of a file that must not be written to.
         array = recipe.assemble(checkpoint.array)
         if quantize_experts is not None and not isinstance(recipe, Direct):
-            array = np.stack([rounded_rows(expert) for expert in array])
+            parts = expert_parts if name.endswith("fc2.weight") else 1  # ranks have whole rows of fc1
+            array = np.stack(
+                [np.hstack([rounded_rows(part) for part in np.split(expert, parts, axis=1)]) for expert in array]
+            )
         scheme = None if quantize is None else block_scheme(name, quantize)
         if scheme is not None:
             array = rounded_blocks(array.reshape(-1, array.shape[-1]), scheme).reshape(array.shape)

@@ -254,8 +254,13 @@ def _check_unrounded(
     engine: Any, opened: Checkpoint | None, bench: Bench, probe: Schedule, report: ValidationReport
 ) -> None:
     """The same engine without packed weights computes with fp32 activations: it must then keep the limits of float32."""
-    from engines.onnxruntime.session import load
+    from engines import load
+    from engines.parallel.join import launched
 
+    if bench.engine.config.mapping.ranks > 1 and launched() is not None:
+        reason = "ranks that somebody else started serve one session; run it without the launcher"
+        report.not_run.append(NotRun(UNROUNDED, reason))
+        return
     if not isinstance(engine, (str, os.PathLike)) or opened is None:
         report.not_run.append(NotRun(UNROUNDED, "needs the engine's folder, not a loaded session"))
         return

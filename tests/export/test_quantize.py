@@ -18,7 +18,6 @@ from model_defs.quantization import dequantize_rows, quantize_rows
 from mxcompile.backends.pytorch import PyTorchSession
 from mxcompile.building import build
 from mxcompile.checkpoints import create_checkpoint
-from mxcompile.errors import MxcompileError
 from mxcompile.exporting import bound_graph, graph
 
 # Logits of about 6 after 8 layers in fp32, as mxcompile/validation/thresholds.py.
@@ -109,10 +108,3 @@ def test_onnxruntime_runs_int8_experts_as_pytorch_does(tiny: Path, tmp_path: Pat
     rounded, own = (PyTorchSession.load(tiny, layers=2, quantize_experts=how) for how in ("int8", None))
     assert np.abs(found - rounded.prefill(prompts, rounded.new_state(2))).max() < LIMIT
     assert np.abs(found - own.prefill(prompts, own.new_state(2))).max() > 10 * LIMIT
-
-
-def test_several_cpu_ranks_are_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(MxcompileError, match="one rank") as caught:
-        build(tiny, tmp_path / "e", quantize_experts="int8", tp_size=2)
-    assert caught.value.exit_code == 2
-    assert not (tmp_path / "e").exists()

@@ -153,8 +153,6 @@ def test_perplexity_states_what_rounding_costs(engines: dict[str, Path], tmp_pat
         ({"quantize_experts": "int8"}, "experts included"),
         ({"target": "tensorrt-rtx"}, "--quantize-experts int8"),
         ({"target": "tensorrt"}, "--quantize-experts int8"),
-        ({"tp_size": 2}, "one rank"),
-        ({"cp_size": 2}, "one rank"),
         ({"device": "cuda"}, "for the CPU"),
         ({"quantize": "int3"}, "int8, int4"),
     ],
@@ -186,6 +184,26 @@ def test_a_width_that_blocks_do_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="intermediate_size is 112") as caught:
         build(tmp_path / "c", tmp_path / "e", quantize="int4", **LIMITS)  # type: ignore[arg-type]
     assert getattr(caught.value, "exit_code", None) == 2
+
+
+def test_ranks_that_would_cut_a_block_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"moe_tp_size 4: .* blocks of 64 .* near it: 2; moe_ep_size 4") as caught:
+        build(checkpoint, tmp_path / "e", quantize="int8", tp_size=4, **LIMITS)  # type: ignore[arg-type]
+    assert getattr(caught.value, "exit_code", None) == 2
+    assert not (tmp_path / "e").exists()
+
+
+def test_ranks_are_quantized_alike_in_processes_and_without(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py", reason="building several ranks needs mpi4py and an MPI launcher, to try them")
+    configs = []
+    for jobs in (1, 2):
+        folder = tmp_path / str(jobs)
+        build(checkpoint, folder, quantize="int4", tp_size=2, moe_ep_size=2, build_jobs=jobs, **LIMITS)  # type: ignore[arg-type]
+        configs.append(read_config(folder))
+    assert configs[0].files == configs[1].files
+    assert configs[0].quantization == configs[1].quantization
+    assert configs[0].quantization is not None
+    assert configs[0].quantization["weights"] == "int4"
 
 
 def test_inspect_tells_how_an_engine_is_quantized(engines: dict[str, Path]) -> None:

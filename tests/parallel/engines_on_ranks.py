@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -19,17 +21,19 @@ from export.parallel.mapping import ParallelMapping
 from export.parallel.plan import ShardingPlan
 from export.parallel.shard import shard
 from export.parallel.weights import bind_rank_weights
+from export.quantize import QuantizationError
 from export.trace import trace_model
 from export.weights import bind_weights
 from model_defs.checkpoint.reader import Checkpoint
 from model_defs.config import ModelConfig
 from mxcompile.checkpoints import create_checkpoint
+from mxcompile.quantized import described, quantize
 
 LIMIT = 320  # tokens of a sequence
 
 
 class Workshop:
-    """Builds engines of one checkpoint; each mapping once."""
+    """Builds engines of one checkpoint; each mapping once, and once for each way of quantizing."""
 
     def __init__(self, folder: Path, preset: str | ModelConfig = "tiny", seed: int = 0, dtype: str = "float32") -> None:
         self.folder = folder
@@ -46,9 +50,10 @@ class Workshop:
             warnings.simplefilter("ignore")
             return trace_model(self.config)
 
-    def engine(self, *sizes: int) -> Path:
-        """Folder of the engine for tp, moe_tp, moe_ep and cp sizes."""
-        path = self.folder / ("engine" + "-".join(map(str, sizes)))
+    def engine(self, *sizes: int, how: dict[str, Any] | None = None) -> Path:
+        """Folder of the engine for tp, moe_tp, moe_ep and cp sizes. `how`: what is quantized, as `mxcompile.quantized` says it."""
+        kind = "" if how is None else "-".join(*how.items())
+        path = self.folder / ("engine" + "-".join([*map(str, sizes), kind]))
         if path.exists():
             return path
         mapping = ParallelMapping(*sizes)
@@ -57,28 +62,40 @@ class Workshop:
             max_batch_size=4,
             max_seq_len=LIMIT,
             mapping=Mapping(*sizes),
+            quantization=how,
             checkpoint=Reference(str(self.checkpoint.folder), self.checkpoint.fingerprint()),
             taps=["taps.0.hidden", f"taps.{self.config.num_layers - 1}.router_logits"],
         )
+        errors: list[QuantizationError] = []
+
+        def quantized(model: ir.Model) -> ir.Model:
+            if how is not None:
+                errors.append(quantize(model, how))
+            return model
+
         with EngineDirWriter(path) as writer:
             if len(mapping.ranks) == 1:
                 model = self.trace.clone()
                 bind_weights(model, self.config, self.checkpoint)
-                writer.commit(build(model, writer, request))
+                engine = build(quantized(model), writer, request)
             else:
                 plan = ShardingPlan(self.config, mapping)
 
                 def graph_of(rank: int) -> ir.Model:
                     mine = shard(self.trace, plan, rank)
                     bind_rank_weights(mine, plan, rank, self.checkpoint)
-                    return mine
+                    return quantized(mine)
 
                 engine = build_ranks(graph_of, writer, request)
                 if mapping.cp_size > 1:
 
                     def segment_of(rank: int) -> ir.Model:
-                        return split_context(shard(self.trace, plan, rank), plan, rank)
+                        mine = split_context(shard(self.trace, plan, rank), plan, rank)
+                        bind_rank_weights(mine, plan, rank, self.checkpoint)
+                        return quantized(mine)
 
-                    engine = build_segments(engine, lambda rank: shard(self.trace, plan, rank), segment_of, writer)
-                writer.commit(engine)
+                    engine = build_segments(engine, graph_of, segment_of, writer)
+            if how is not None:
+                engine = replace(engine, quantization=described(how, sum(errors, QuantizationError())))
+            writer.commit(engine)
         return path

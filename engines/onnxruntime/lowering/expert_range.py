@@ -1,4 +1,4 @@
-"""`com.microsoft::MoE` over a range of local experts -> the operator as ONNX Runtime has it, over the tokens that chose one of them.
+"""`MoE` or `QMoE` over a range of local experts -> the operator as ONNX Runtime has it, over the tokens that chose one of them.
 
 The canonical node of an expert-parallel rank takes the router's logits of all experts, the weights of a contiguous range, and
 `first_local_expert`. Its output is the local experts' share of the sum; the ranks' shares are added later.
@@ -31,7 +31,7 @@ class LowerExpertRange(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in list(model.graph):
-            if node.op_type == "MoE" and node.domain == CONTRIB and ATTRIBUTE in node.attributes:
+            if node.op_type in ("MoE", "QMoE") and node.domain == CONTRIB and ATTRIBUTE in node.attributes:
                 _lower(node)
                 modified = True
         return ir.passes.PassResult(model, modified)
@@ -39,7 +39,7 @@ class LowerExpertRange(ir.passes.InPlacePass):
 
 def _lower(node: ir.Node) -> None:
     x, router, fc1 = node.inputs[0], node.inputs[1], node.inputs[2]
-    if x is None or router is None or fc1 is None or fc1.shape is None:
+    if x is None or router is None or fc1 is None or fc1.shape is None or x.shape is None:
         raise ValueError(f"{node.name}: the experts' inputs are not known")
     if not node.attributes["normalize_routing_weights"].as_int():
         raise ValueError(f"{node.name}: routing weights that are not divided by their sum are not canonical")
@@ -57,12 +57,12 @@ def _lower(node: ir.Node) -> None:
     rows = put("Transpose", put("NonZero", put("Squeeze", is_mine, put.const([-1]))), perm=[1, 0])  # [tokens here, 1]
     mine, share = put("GatherND", mine, rows), put("GatherND", share, rows)
     logits = put("Where", put("Greater", mine, zero), put("Log", mine), put.const(np.float32(NOT_CHOSEN)))
-    hidden = put("Reshape", x, put.const([-1, fc1.shape.numpy()[2]]))
+    hidden = put("Reshape", x, put.const([-1, x.shape[-1]]))
     attributes = {key: value for key, value in node.attributes.items() if key != ATTRIBUTE}
     attributes["k"] = ir.AttrInt64("k", min(k, local))
     attributes["normalize_routing_weights"] = ir.AttrInt64("normalize_routing_weights", 0)
     inputs = [put("GatherND", hidden, rows), logits, *node.inputs[2:]]
-    experts = put.add(ir.Node(CONTRIB, "MoE", inputs, list(attributes.values()), name=node.name))
+    experts = put.add(ir.Node(CONTRIB, node.op_type, inputs, list(attributes.values()), name=node.name))
     scaled = put("Mul", experts, share)
     spread = put("ScatterND", put.zeros_like(hidden), rows, scaled)
     result = ir.node("Reshape", [spread, put("Shape", x)])
