@@ -9,12 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_models import oracle, plain_checkpoint
 
+from model_defs.config import ResidualScale
 from mxcompile.backends.pytorch import PyTorchSession, load_model
+
+# All apart, as the published ones are not: a factor in another's place must show.
+SCALES = dict(
+    lightning_scale=ResidualScale(1.7, 0.9), softmax_scale=ResidualScale(1.5, 1.2), mlp_scale=ResidualScale(1.6, 1.1)
+)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return plain_checkpoint(tmp_path_factory.mktemp("plain") / "checkpoint")
+    return plain_checkpoint(tmp_path_factory.mktemp("plain") / "checkpoint", **SCALES)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +61,28 @@ def test_it_computes_the_recurrence(checkpoint, dtype, tolerance):
         else:
             for cache in (memory.keys[layer], memory.values[layer]):
                 assert relative(next(remaining)[0, :, :130].numpy(), np.stack(cache, axis=1)) < tolerance
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(layer_kinds=("lightning",), num_attention_heads=1, num_key_value_heads=1, num_local_experts=1),
+        dict(layer_kinds=("softmax",), num_attention_heads=6, num_key_value_heads=3, rotary_dim=32, rope_theta=1e4),
+        dict(layer_kinds=("softmax", "lightning"), head_dim=6, rotary_dim=2, num_key_value_heads=4, hidden_size=20),
+        dict(layer_kinds=("lightning", "lightning"), num_attention_heads=16, head_dim=4, rotary_dim=4, vocab_size=7),
+        dict(layer_kinds=("lightning", "softmax", "softmax"), head_dim=128, rotary_dim=64, num_key_value_heads=1),
+    ],
+)
+@pytest.mark.parametrize("top", [1, 4])
+def test_odd_models_compute_the_recurrence(tmp_path, changes, top):
+    """Patterns, head counts and widths that no published model has; one expert or four on a token; a chunk and a bit."""
+    experts = max(changes.get("num_local_experts", 5), top)
+    sizes = {"slope_layers": len(changes["layer_kinds"]), "num_experts_per_tok": top, "intermediate_size": 9}
+    odd = plain_checkpoint(tmp_path / "odd", **(SCALES | sizes | changes | {"num_local_experts": experts}))
+    ids = np.random.default_rng(top).integers(0, odd.config.vocab_size, 67)
+    steps, _ = oracle(odd).run(ids)
+    logits, _, _ = forward(load_model(odd, odd.config, "float64"), ids)
+    np.testing.assert_allclose(logits[0].numpy(), np.stack([step.logits_N for step in steps]), rtol=0, atol=1e-9)
 
 
 def relative(mine: np.ndarray, expected: np.ndarray) -> float:

@@ -54,6 +54,7 @@ def oracle(checkpoint: Checkpoint) -> RecurrenceModel:
         rotary_dim=config.rotary_dim,
         theta=config.rope_theta,
         slope_layers=config.slope_layers,
-        attention_scale=(config.lightning_scale.alpha, config.lightning_scale.beta),
+        lightning_scale=(config.lightning_scale.alpha, config.lightning_scale.beta),
+        softmax_scale=(config.softmax_scale.alpha, config.softmax_scale.beta),
         mlp_scale=(config.mlp_scale.alpha, config.mlp_scale.beta),
     )

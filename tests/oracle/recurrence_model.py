@@ -49,7 +49,8 @@ class RecurrenceModel:
         rotary_dim: int,
         theta: float,
         slope_layers: int,
-        attention_scale: tuple[float, float],
+        lightning_scale: tuple[float, float],
+        softmax_scale: tuple[float, float],
         mlp_scale: tuple[float, float],
     ) -> None:
         self._tensors: dict[str, np.ndarray] = {}
@@ -58,7 +59,7 @@ class RecurrenceModel:
         self.H, self.G, self.K = heads, kv_heads, head_dim
         self.E, self.top = experts, experts_per_token
         self.rotary, self.theta = rotary_dim, theta
-        self.attention_scale, self.mlp_scale = attention_scale, mlp_scale
+        self.attention_scale, self.mlp_scale = {"lightning": lightning_scale, "softmax": softmax_scale}, mlp_scale
 
     def push(self, token: int, memory: Memory) -> Step:
         """One token; changes `memory`."""
@@ -68,7 +69,7 @@ class RecurrenceModel:
             name = f"model.layers.{layer}"
             h_D = rms_norm(x_D, self._weight(f"{name}.input_layernorm.weight"), 1e-5)
             mix = self._lightning if kind == "lightning" else self._softmax
-            alpha, beta = self.attention_scale
+            alpha, beta = self.attention_scale[kind]
             x_D = alpha * h_D + beta * mix(layer, h_D, memory)  # the residual is the normed input
             g_D = rms_norm(x_D, self._weight(f"{name}.post_attention_layernorm.weight"), 1e-5)
             mixed_D, router_E = self._experts(f"{name}.block_sparse_moe", g_D)
@@ -104,7 +105,7 @@ class RecurrenceModel:
     def slope(self, layer: int, head: int) -> float:
         """2^(-8 (h + 1) / H) (1 - l / (L - 1) + 1e-5), an fp32 number times a double, kept in fp32."""
         base = np.float32(2.0 ** (-8.0 * (head + 1) / self.H))
-        return float(base * np.float32(1 - layer / (self.slope_layers - 1) + 1e-5))
+        return float(base * np.float32(1 - layer / max(self.slope_layers - 1, 1) + 1e-5))
 
     def _softmax(self, layer: int, h_D: np.ndarray, memory: Memory) -> np.ndarray:
         name = f"model.layers.{layer}.self_attn"
@@ -129,7 +130,7 @@ class RecurrenceModel:
         out = x.copy()
         for i in range(half):
             exponent = np.float32(2 * i) / np.float32(self.rotary)
-            frequency = np.float32(1) / np.float32(self.theta) ** exponent
+            frequency = np.float32(1) / np.float32(self.theta ** float(exponent))
             angle = float(np.float32(position) * frequency)
             a, b = x[:, i], x[:, i + half]
             out[:, i] = a * np.cos(angle) - b * np.sin(angle)
