@@ -6,19 +6,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from mxcompile.bounded import read_bounded
 from mxcompile.errors import MxcompileError
 from mxcompile.tokenizer import Tokenizer
-
-MAX_TEXT_BYTES = 256 * 2**20
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file. Raises MxcompileError naming the file: unreadable, too large, not UTF-8, empty."""
-    source = Path(path)
     try:
-        if source.is_file() and source.stat().st_size > MAX_TEXT_BYTES:
-            raise MxcompileError(f"{path}: is larger than {MAX_TEXT_BYTES >> 20} MiB; take a part of it")
-        text = source.read_bytes().decode("utf-8")
+        text = read_bounded(path).decode("utf-8")
     except OSError as error:
         raise MxcompileError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -69,6 +69,9 @@ def describe(error: BaseException) -> tuple[int, str]:
             return USAGE, error.format_message().rstrip() + where
         case click.ClickException():
             return error.exit_code, error.format_message()
+        case UnicodeEncodeError() if "surrogates" in error.reason:
+            # Python keeps the bytes of such a name as surrogates.
+            return USAGE, f"a name is not UTF-8, somewhere in {error.object!r:.300}; rename it"
         case MemoryError():
             return ENVIRONMENT, "out of memory; build fewer layers or use a machine with more"
         case ImportError() if (extra := _EXTRAS.get((error.name or "").split(".")[0])) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -72,7 +73,9 @@ def test_import_of_the_package_is_free_and_names_resolve():
         (["run", "folder", "--prompt", "x", "--system", "y"], "--system needs --chat"),
         (["run", "folder", "--prompt-file", "absent.txt"], "absent.txt: No such file"),
         (["run", "folder", "--prompt", "x", "--top-p", "0"], "Invalid value for '--top-p'"),
+        (["run", "folder", "--prompt-file", "/dev/zero"], "/dev/zero: is larger than 256 MiB"),
         (["run", "absent", "--prompt", "x"], "absent: no such engine directory"),
+        (["inspect", os.fsdecode(b"x\xff")], "'x\\udcff' is not UTF-8; rename it"),
         (["build", "absent", "-o", "out"], "checkpoint absent: does not exist"),
         (["build", "absent", "-o", ""], "Invalid value for '-o' / '--output': an empty path"),
         (["serve", "absent", "--triton-venv", "venv"], "absent: no such engine directory"),
@@ -125,6 +128,7 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(mxcompile, how, tmp_p
         (ModuleNotFoundError("No module named 'x'", name="onnx.helper"), 3, "this needs onnx.helper"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (BrokenPipeError(), 141, ""),
+        (UnicodeEncodeError("utf-8", "x\udcff", 1, 2, "surrogates not allowed"), 2, "a name is not UTF-8"),
         (click.UsageError("bad"), 2, "bad"),
         (SystemExit(143), 143, ""),
         (ZeroDivisionError("division"), 70, "internal error: ZeroDivisionError: division"),
