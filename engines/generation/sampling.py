@@ -108,8 +108,9 @@ def candidates(
     scores_N: NDArray[np.float64], temperature: float, top_k: int, top_p: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Ids (ascending) and unnormalised probabilities of the tokens that a draw may return; `temperature` above 0."""
-    # Subtract first: a tiny temperature must not overflow the largest score.
-    probabilities_N = np.exp((scores_N - scores_N.max()) / temperature)
+    # Subtract first: a tiny temperature must not overflow the largest score; that it makes -inf of others is right.
+    with np.errstate(over="ignore"):
+        probabilities_N = np.exp((scores_N - scores_N.max()) / temperature)
     kept_M = np.arange(scores_N.shape[0])
     if 0 < top_k < scores_N.shape[0]:
         kept_M = np.sort(top_k_ids(scores_N, top_k))

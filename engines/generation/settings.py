@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,15 +59,13 @@ class GenerationConfig:
         _whole("seed", self.seed, low=0, high=2**64 - 1)
         _number("temperature", self.temperature, low=0.0, hint=" (0 decodes greedily)")
         _number("top_p", self.top_p, low=0.0, above=True, high=1.0, hint=" (1 turns it off)")
-        _number("repetition_penalty", self.repetition_penalty, low=0.0, above=True, hint=" (1 turns it off)")
+        _number("repetition_penalty", self.repetition_penalty, low=1e-3, high=1e3, hint=" (1 turns it off)")
         _number("presence_penalty", self.presence_penalty, low=-100.0, high=100.0, hint=" (0 turns it off)")
         _number("frequency_penalty", self.frequency_penalty, low=-100.0, high=100.0, hint=" (0 turns it off)")
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs, low=0)
-        if isinstance(self.stop_strings, str):
-            raise GenerationError("stop_strings must be a list of strings, not one string")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        for name in ("stop_token_ids", "stop_strings"):
+            object.__setattr__(self, name, _list(name, getattr(self, name)))
         for token in self.stop_token_ids:
             _whole("a stop token id", token, low=0)
         for text in self.stop_strings:
@@ -95,6 +93,12 @@ def _pairs(bias: Any) -> tuple[tuple[Any, Any], ...]:
         raise GenerationError(f"logit_bias must give tokens numbers, as {{token: number}}, not {bias!r}") from None
 
 
+def _list(name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+        raise GenerationError(f"{name} must be a list, not {value!r}")
+    return tuple(value)
+
+
 def _whole(name: str, value: Any, *, low: int, high: int | None = None, hint: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         bounds = f"of at least {low}" if high is None else f"between {low} and {high}"
@@ -104,7 +108,8 @@ def _whole(name: str, value: Any, *, low: int, high: int | None = None, hint: st
 def _number(
     name: str, value: Any, *, low: float, above: bool = False, high: float | None = None, hint: str = ""
 ) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # math.isfinite raises at whole numbers beyond the largest float.
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not is_number or value < low or (above and value == low) or (high is not None and value > high):
         bounds = f"above {low:g}" if above else f"of at least {low:g}"
         if high is not None:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from engines.generation import GenerationConfig, GenerationError
-from engines.generation.sampling import candidates, log_softmax, top_k_ids, top_p_ids
+from engines.generation.sampling import Sampler, candidates, log_softmax, top_k_ids, top_p_ids
+from engines.generation.settings import NotFiniteError
 from engines.generation.stopping import StopStrings
 
 few_values = arrays(np.float64, st.integers(1, 60), elements=st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0]))
@@ -45,6 +46,32 @@ def test_tiny_temperature_is_greedy_and_does_not_overflow():
     kept, probabilities = candidates(np.array([500.0, 499.0, -500.0]), 1e-9, 0, 1.0)
     assert list(kept) == [0, 1, 2]
     assert list(probabilities) == [1.0, 0.0, 0.0]
+
+
+@settings(max_examples=200)
+@given(
+    arrays(np.float32, st.integers(1, 12), elements=st.one_of(st.floats(-(2.0**127), 2.0**127, width=32), st.just(-np.inf))),
+    st.sampled_from([0.0, 5e-324, 1e-30, 0.7, 1e300]),
+    st.sampled_from([0, 1, 3, 100]),
+    st.sampled_from([5e-324, 0.5, 1.0]),
+    st.sampled_from([1e-3, 1.0, 1e3]),
+    st.integers(0, 2**64 - 1),
+)
+@pytest.mark.filterwarnings("error")
+def test_any_settings_draw_a_token_that_can_be(logits, temperature, top_k, top_p, penalty, seed):
+    """Whatever the extremes: one of the finite logits, and the likeliest of all when only one may be."""
+    config = GenerationConfig(
+        temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty, frequency_penalty=100, seed=seed
+    )
+    sampler = Sampler(config, len(logits), [0])
+    if not np.isfinite(logits.max()):
+        with pytest.raises(NotFiniteError):
+            sampler.sample(logits)
+        return
+    drawn = [sampler.sample(logits) for _ in range(3)]
+    assert np.isfinite(logits[drawn]).all()
+    if penalty == 1 and (top_k == 1 or temperature == 0):
+        assert drawn[0] == int(logits.argmax())
 
 
 def test_log_softmax_survives_large_and_masked_logits():
@@ -95,13 +122,19 @@ def test_text_that_cannot_become_a_stop_string_is_not_held():
         ({"top_p": 1.5}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"top_k": 1.5}, "top_k"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a number of at least 0.001 and at most 1000"),
+        ({"repetition_penalty": 1e-310}, "repetition_penalty"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
         ({"presence_penalty": 101}, "presence_penalty must be a number of at least -100 and at most 100"),
         ({"frequency_penalty": "much"}, "frequency_penalty must be a number"),
         ({"seed": -1}, "seed must be a whole number between 0 and"),
         ({"seed": 2**64}, "seed"),
         ({"logprobs": -1}, "logprobs"),
-        ({"stop_strings": "text"}, "must be a list of strings"),
+        ({"stop_strings": "text"}, "stop_strings must be a list"),
+        ({"stop_strings": 5}, "stop_strings must be a list"),
+        ({"stop_token_ids": None}, "stop_token_ids must be a list"),
+        ({"stop_token_ids": "5"}, "stop_token_ids must be a list"),
         ({"stop_strings": [""]}, "non-empty"),
         ({"stop_token_ids": [-3]}, "stop token id"),
         ({"typical_p": 0.5}, "unknown generation setting 'typical_p'"),
