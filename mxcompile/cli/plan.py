@@ -111,6 +111,10 @@ def _copied(mapping: dict[str, int]) -> str:
     return "norms, routers" + (", key/value heads" if mapping["tp_size"] > 8 else "")
 
 
+def _cpu_text(size: int | str) -> str:
+    return f"{size / 1e9:.2f} GB" if isinstance(size, int) else f"not with these sizes ({size})"
+
+
 def _config(checkpoint: Path | None, preset: str | None) -> Any:
     if checkpoint is None:
         from model_defs.presets import preset as named
@@ -139,6 +143,8 @@ def _print(report: dict[str, Any], batch: int, chunk: int) -> None:
             "held more than once": f"{parameters['copies']:,} ({_copied(mapping)})",
             "state per sequence": f"{rank['state_bytes_per_sequence'] / 2**20:.1f} MiB per rank",
             "cache per token": f"{rank['cache_bytes_per_token']:,} bytes per rank",
+            "weights on CPUs": ", ".join(f"{name} {_cpu_text(size)}" for name, size in rank["cpu_weight_bytes"].items())
+            + " per rank",
             "collectives per step": str(sum(item["count"] for item in report["collectives"])),
         },
     )

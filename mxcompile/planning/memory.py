@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from export.errors import ExportError
 from export.parallel.plan import ShardingPlan
+from export.quantize_blocks import check_blocks
+from model_defs.quantization import block_scheme
 from mxcompile.errors import MxcompileError
 from mxcompile.planning.gpus import Gpu
 
@@ -115,6 +118,20 @@ def weight_bytes(plan: ShardingPlan, scheme: WeightScheme, rank: int) -> int:
     """Bytes of the rank's weights."""
     sizes = plan.rank_parameters(rank).items()
     return int(sum((size * scheme.bytes_per_element(name) for name, size in sizes), Fraction(0)))
+
+
+def cpu_weight_bytes(plan: ShardingPlan, quantize: str | None, rank: int) -> int:
+    """Bytes of the rank's weights in an engine for ONNX Runtime on CPUs: fp32, or as `mxcompile build --quantize` stores them.
+
+    Raises ExportError where the ranks would cut a block of quantized weights.
+    """
+    if quantize is not None:
+        check_blocks(plan.config, quantize, plan.mapping)
+    total = 0
+    for name in plan.shapes:
+        scheme, size = None if quantize is None else block_scheme(name, quantize), math.prod(plan.held_shape(name))
+        total += 4 * size if scheme is None else scheme.stored_width(size) + 4 * size // scheme.block
+    return total
 
 
 def workspace_bytes(plan: ShardingPlan, demand: Demand) -> int:

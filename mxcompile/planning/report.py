@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from export.errors import ExportError
 from export.parallel.mapping import ParallelMapping
 from export.parallel.plan import ShardingPlan
 from model_defs.config import ModelConfig
@@ -13,6 +14,7 @@ from mxcompile.planning.gpus import Gpu
 
 DECODE_CONTEXTS = (4096, 131072, 1048576)
 DECODE_BATCHES = (1, 32, 128)
+CPU_WEIGHTS = {"fp32": None, "--quantize int8": "int8", "--quantize int4": "int4"}
 
 
 def plan_report(
@@ -67,6 +69,7 @@ def plan_report(
         "per_rank": {
             "state_bytes_per_sequence": plan.state_elements_per_sequence() * memory.STATE_BYTES,
             "cache_bytes_per_token": plan.cache_elements_per_token() * cache_bytes,
+            "cpu_weight_bytes": {name: _cpu_weight_bytes(plan, kind) for name, kind in CPU_WEIGHTS.items()},
             "weight_bytes": {scheme.key: memory.weight_bytes(plan, scheme, 0) for scheme in schemes},
         },
         "fits": [
@@ -86,6 +89,14 @@ def plan_report(
         ],
         "assumptions": [*memory.ASSUMPTIONS, *roofline.ASSUMPTIONS],
     }
+
+
+def _cpu_weight_bytes(plan: ShardingPlan, quantize: str | None) -> int | str:
+    """Of a rank, or why there is no such engine."""
+    try:
+        return memory.cpu_weight_bytes(plan, quantize, 0)
+    except ExportError as error:
+        return str(error)
 
 
 def _parameters(plan: ShardingPlan) -> dict[str, Any]:

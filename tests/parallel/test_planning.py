@@ -15,6 +15,7 @@ from mxcompile.cli.plan import command
 from mxcompile.errors import MxcompileError
 from mxcompile.planning.gpus import gpu
 from mxcompile.planning.memory import SCHEMES, Demand, WeightScheme, fit, parse_tokens, rank_memory, weight_bytes
+from mxcompile.planning.report import plan_report
 from mxcompile.planning.roofline import (
     decode,
     matmul_flops,
@@ -46,6 +47,15 @@ def test_weight_bytes(scheme: str, total: float, per_gpu: float) -> None:
     whole = ShardingPlan(preset("text-01"), ParallelMapping())
     assert weight_bytes(whole, SCHEMES[scheme], 0) / 1e9 == pytest.approx(total, abs=GB_TOLERANCE)
     assert weight_bytes(PLAN, SCHEMES[scheme], 0) / 1e9 == pytest.approx(per_gpu, abs=GB_TOLERANCE)
+
+
+def test_weights_of_a_cpu_rank_that_cannot_be_quantized_say_why() -> None:
+    """`small`: 9 blocks of 64 inner channels do not divide by two ranks, 18 of 32 do."""
+    found = plan_report(preset("small"), ParallelMapping.of(2), [], [], [])["per_rank"]["cpu_weight_bytes"]
+    whole = plan_report(preset("small"), ParallelMapping(), [], [], [])["per_rank"]["cpu_weight_bytes"]
+    assert "moe_ep_size 2 leaves experts whole" in found["--quantize int8"]
+    assert whole["--quantize int4"] / 2 < found["--quantize int4"] < whole["--quantize int4"] < whole["fp32"] / 2
+    assert whole["fp32"] == 4 * sum(preset("small").parameter_counts().values())
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from model_defs.weights import weight_recipes
 from mxcompile.backends.pytorch import PyTorchSession
 from mxcompile.checkpoints import create_checkpoint
 from mxcompile.inspection import inspect
+from mxcompile.planning.memory import cpu_weight_bytes
 from mxcompile.refitting import refit
 from mxcompile.validation.options import ValidationOptions
 from mxcompile.validation.run import UNROUNDED, validate
@@ -46,7 +47,8 @@ CASES = [  # how, and the sizes tp, moe_tp, moe_ep, cp
     pytest.param(INT4, (1, 1, 1, 2), id="int4-cp"),
     pytest.param(EXPERTS, (2, 1, 2), id="experts-ep"),
 ]
-TWO_LAYERS = dataclasses.replace(preset("tiny"), layer_kinds=("lightning", "softmax"), slope_layers=2)
+# The vocabulary divides by no number of ranks: the last one has rows of zeros.
+TWO_LAYERS = dataclasses.replace(preset("tiny"), layer_kinds=("lightning", "softmax"), slope_layers=2, vocab_size=511)
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------------------
@@ -258,6 +260,16 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("other") / "c"
     create_checkpoint(TWO_LAYERS, folder, seed=1, dtype="float32")
     return folder
+
+
+@pytest.mark.parametrize(("how", "sizes"), CASES[1:3])
+def test_the_plan_knows_the_bytes_of_a_rank(workshop: Workshop, how: dict[str, str], sizes: tuple[int, ...]) -> None:
+    folder, plan = workshop.engine(*sizes, how=how), ShardingPlan(workshop.config, ParallelMapping(*sizes))
+    for files in read_config(folder).ranks:
+        assert files.weights is not None
+        arrays = map_weights(folder, read_config(folder), files.weights)
+        found = sum(arrays[name].nbytes + getattr(arrays.get(f"{name}.scale"), "nbytes", 0) for name in plan.shapes)
+        assert found == cpu_weight_bytes(plan, how["weights"], files.rank)
 
 
 def test_inspect_counts_the_operators_of_a_rank(workshop: Workshop) -> None:
