@@ -94,6 +94,11 @@ def _describe_os_error(error: OSError) -> tuple[int, str]:
             ENVIRONMENT,
             f"{name}the disk is full; free space or choose another folder, nothing was left half-written",
         )
+    if error.errno == errno.EFBIG:
+        return (
+            ENVIRONMENT,
+            f"{name}a file becomes larger than this file system or a limit (ulimit -f) allows; choose another folder",
+        )
     if error.errno == errno.ENOMEM:
         return ENVIRONMENT, "out of memory; build fewer layers or use a machine with more"
     return USAGE, f"{name}{error.strerror or error}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -165,6 +166,20 @@ def test_a_disk_that_fills_up_during_the_build(tiny_checkpoint, tmp_path, monkey
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "no space left on the disk" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_on_files_that_an_export_meets(tiny_checkpoint, tmp_path, capsys):
+    """A real one, within the derived weights; the reason is the system's, not that of a library between."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["export", str(tiny_checkpoint), "-o", str(tmp_path / "x.onnx"), "--layers", "1"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ended.value.code == 3
+    assert "larger than this file system or a limit (ulimit -f) allows" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
