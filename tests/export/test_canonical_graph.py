@@ -15,7 +15,7 @@ from onnx.reference.op_run import OpRun
 from export.errors import ExportError
 from export.trace import trace_model
 from export.verify import verify_canonical, verify_with_onnx
-from model_defs.config import ModelConfig
+from model_defs.config import ModelConfig, ResidualScale
 from model_defs.presets import hybrid_pattern, preset
 from model_defs.text_model import TextModel
 
@@ -56,7 +56,13 @@ class MoE(OpRun):  # the evaluator finds it by this name
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[ReferenceEvaluator, TextModel]:
-    config = tiny_config()
+    # Factors that differ, and are not 1: the graph must hold each in its place.
+    scales = dict(
+        lightning_scale=ResidualScale(2.0, 0.9),
+        softmax_scale=ResidualScale(1.8, 1.2),
+        mlp_scale=ResidualScale(1.9, 1.1),
+    )
+    config = tiny_config(**scales)
     graph, model = trace_model(config), random_model(config)
     for name, parameter in model.named_parameters():
         graph.graph.initializers[name].const_value = ir.tensor(parameter.data.numpy(), name=name)

@@ -119,16 +119,12 @@ def test_softmax_of_16_bit_scores_is_wide():
     found = ops.softmax_attention(query, keys, values, torch.tensor([1023]))
     assert found.dtype == torch.bfloat16
     assert (found == 1).all()
-    # Scores that differ by less than 16 bits hold at this size order the keys all the same.
-    query = torch.full((1, 1, 1, 64), 4.0, dtype=torch.bfloat16)
-    keys = torch.full((1, 1, 2, 64), 8.0, dtype=torch.bfloat16)
-    keys[0, 0, 1, 0] = 8.0625
-    values = torch.tensor([0.0, 1.0], dtype=torch.bfloat16)[None, None, :, None].expand(1, 1, 2, 64)
-    scores = (
-        query[0, 0].float() @ keys[0, 0].float().T
-    ).bfloat16().float() * 64**-0.5  # the product rounds, as a GEMM does
-    share = torch.softmax(scores, -1)[0, 1].bfloat16()
-    assert (ops.softmax_attention(query, keys, values, torch.tensor([1])) == share).all()
+    # The scaled scores are not rounded: each value lays open one key's weight.
+    query, keys = 4 * bf16(1, 1, 1, 32), bf16(1, 1, 32, 32, seed=1)
+    values = torch.eye(32, dtype=torch.bfloat16)[None, None]
+    scores = (query[0, 0] @ keys[0, 0].T).float() * 32**-0.5  # rounded as the product gives them
+    found = ops.softmax_attention(query, keys, values, torch.tensor([31]))
+    assert (found[0, 0] == scores.softmax(-1).bfloat16()).all()
 
 
 def test_experts_weights_are_the_share_of_the_chosen_ones():

@@ -223,3 +223,15 @@ def test_sixteen_bit_models_keep_their_wide_parts(checkpoint):
     _, memory = oracle(checkpoint).run(tokens(70))
     # bf16 rounds to 0.2 %; ten roundings lie before the state of the first layer.
     assert relative(states[0][0].numpy(), memory.states[0]) < 0.02
+
+
+def test_sixteen_bit_models_turn_by_wide_angles(tmp_path):
+    """Keys at position 3,000, where an angle of 16 bits is off by whole turns, against those of the fp64 model."""
+    checkpoint = plain_checkpoint(tmp_path / "c", layer_kinds=("softmax",), slope_layers=1)
+    ids, past = tokens(8), 3000
+    exact, rounded = (
+        forward(model, ids, model.new_states(1, past + len(ids)), past)[1][0][0, :, past:].double()
+        for model in (load_model(checkpoint, checkpoint.config, dtype) for dtype in ("float64", "bfloat16"))
+    )
+    # Embedding, norm, its weight, projection and the turned key are rounded, each to 2^-9 at most.
+    assert relative(rounded.numpy(), exact.numpy()) < 0.01
