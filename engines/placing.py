@@ -1,7 +1,7 @@
 """Decide at build time where each weight's bytes lie: in the checkpoint as they are, or written to the engine directory.
 
-Weights whose bytes an engine can use as they lie in the checkpoint stay there; derived ones (stacked experts, widened
-types) are written to one file of the engine, one at a time, so memory holds at most one of them.
+Weights whose bytes an engine can use as they lie in the checkpoint stay there; so do those that it can put together of them when it is
+loaded. Others (other types, quantized ones) are written to one file of the engine, one at a time, so memory holds at most one of them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import onnx_ir as ir
 from engines.config import Checkpoint
 from engines.directory import EngineFiles
 from engines.errors import ENVIRONMENT, EngineError
+from engines.pieces import Piece, Strand
 from engines.weights import ALIGNMENT, Manifest, WeightFile, WeightRecord, checkpoint_file
 
 INLINE_LIMIT = 1024  # constants up to this many bytes stay in the graph
@@ -33,6 +34,7 @@ def place_weights(
     *,
     dtype_of: Callable[[str, Any], str],
     own_copy: Callable[[ir.Value], bool] = lambda value: False,
+    assembled: bool = False,
 ) -> Manifest:
     """Point the graph's initializers at where their bytes lie, and list them.
 
@@ -40,10 +42,10 @@ def place_weights(
         data_name: file of the engine for derived weights.
         dtype_of: numpy's name of a weight's type (given name and tensor), or EngineError where the engine cannot use it.
         own_copy: whether a weight must lie in the engine's file even if the checkpoint has it.
+        assembled: whether the engine puts weights together when it is loaded: those whose tensor has `pieces`, as
+            `export.pieces.Piece` is, then stay in the checkpoint too.
     """
-    root = Path(checkpoint.path).resolve() if checkpoint is not None else None
-    files: list[WeightFile] = []
-    index: dict[str, int] = {}
+    places = _Places(checkpoint)
     records: list[WeightRecord] = []
     derived: list[ir.Value] = []
     for value in model.graph.initializers.values():
@@ -51,22 +53,55 @@ def place_weights(
         if tensor is None:
             raise EngineError(f"weight {value.name} has no bytes; bind the graph to a checkpoint before building")
         dtype = dtype_of(value.name or "", tensor)
-        inside = _inside_checkpoint(tensor, root) if not own_copy(value) else None
-        if inside is not None and root is not None:
-            if inside not in index:
-                index[inside] = len(files)
-                files.append(checkpoint_file(root, inside))
-            assert isinstance(tensor, ir.ExternalTensor)
-            shape = list(tensor.shape.numpy())
+        pieces = places.pieces(tensor, assembled) if not own_copy(value) else None
+        if pieces is not None:
+            if sum(piece.nbytes for piece in pieces) != tensor.nbytes:
+                raise EngineError(f"weight {value.name}: what the checkpoint has of it does not make {tensor.shape}")
             records.append(
-                WeightRecord(value.name or "", dtype, shape, index[inside], tensor.offset or 0, tensor.nbytes)
+                WeightRecord(value.name or "", dtype, list(tensor.shape.numpy()), tensor.nbytes, tuple(pieces))
             )
             _refer(value, data_name, 0, 0)
         elif isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor)) or tensor.nbytes > INLINE_LIMIT:
             derived.append(value)
     _need_space(writer, sum(_nbytes(value) for value in derived))
-    records += _write_derived(derived, writer, data_name, files, report)
-    return Manifest(files, records, {})
+    records += _write_derived(derived, writer, data_name, places.files, report)
+    return Manifest(places.files, records, {})
+
+
+class _Places:
+    """Files of the checkpoint that weights lie in."""
+
+    def __init__(self, checkpoint: Checkpoint | None) -> None:
+        self.files: list[WeightFile] = []
+        self._root = Path(checkpoint.path).resolve() if checkpoint is not None else None
+        self._index: dict[str, int | None] = {}  # by path; None for a file outside the checkpoint
+
+    def pieces(self, tensor: Any, assembled: bool) -> list[Piece] | None:
+        """What a weight is made of, or None where an engine cannot use the checkpoint's bytes."""
+        if isinstance(tensor, ir.ExternalTensor):
+            stored: Any = [([(tensor.path, tensor.offset or 0, tensor.nbytes)], tensor.nbytes, 1)]
+        else:
+            stored = getattr(tensor, "pieces", None) if assembled else None
+        if stored is None:
+            return None
+        pieces = []
+        for found, width, count in stored:
+            strands = []
+            for name, offset, stride in found:
+                file = self._file(str(name))
+                if file is None:
+                    return None
+                strands.append(Strand(file, offset, stride))
+            pieces.append(Piece(tuple(strands), width, count))
+        return pieces
+
+    def _file(self, name: str) -> int | None:
+        if name not in self._index:
+            path, self._index[name] = Path(name).resolve(), None
+            if self._root is not None and path.is_relative_to(self._root):
+                self._index[name] = len(self.files)
+                self.files.append(checkpoint_file(self._root, path.relative_to(self._root).as_posix()))
+        return self._index[name]
 
 
 def _write_derived(
@@ -88,7 +123,13 @@ def _write_derived(
             offset = file.size
             file.write(array.tobytes() if array.nbytes <= INLINE_LIMIT else array.reshape(-1).view(np.uint8).data)
             records.append(
-                WeightRecord(value.name, array.dtype.name, list(array.shape), len(files), offset, array.nbytes)
+                WeightRecord(
+                    value.name,
+                    array.dtype.name,
+                    list(array.shape),
+                    array.nbytes,
+                    (Piece.run(len(files), offset, array.nbytes),),
+                )
             )
             _refer(value, data_name, offset, array.nbytes)
             report("bind weights", offset + array.nbytes, total)
@@ -101,14 +142,6 @@ def _write_derived(
 def _nbytes(value: ir.Value) -> int:
     assert value.const_value is not None
     return value.const_value.nbytes
-
-
-def _inside_checkpoint(tensor: Any, root: Path | None) -> str | None:
-    """Name of the checkpoint file the tensor's bytes lie in, if they do."""
-    if root is None or not isinstance(tensor, ir.ExternalTensor):
-        return None
-    path = Path(tensor.path).resolve()
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else None
 
 
 def _refer(value: ir.Value, data_name: str, offset: int, length: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import ml_dtypes
@@ -11,8 +11,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.errors import ExportError
+from export.pieces import Cut, Entry, Piece, pieces_of, run
 from model_defs.config import ModelConfig
-from model_defs.weights import Direct, InterleavedStack, Recipe, Stacked, weight_recipes
+from model_defs.weights import Direct, InterleavedStack, ReadArray, Recipe, Stacked, weight_recipes
 
 _NUMPY_DTYPES = {
     ir.DataType.FLOAT: np.float32,
@@ -20,25 +21,6 @@ _NUMPY_DTYPES = {
     ir.DataType.BFLOAT16: ml_dtypes.bfloat16,
 }
 _STORED_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
-
-
-class Entry(Protocol):
-    """Where a checkpoint keeps one tensor."""
-
-    @property
-    def file(self) -> object: ...  # pathlib.Path, absolute
-
-    @property
-    def offset(self) -> int: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 class Source(Protocol):
@@ -60,7 +42,7 @@ def bind_weights(model: ir.Model, config: ModelConfig, source: Source) -> None:
     """Give every weight initializer of `model` its value, without reading any.
 
     A checkpoint tensor of the wanted type and form becomes an `ir.ExternalTensor` that points into the safetensors file. One that must
-    be widened, narrowed, stacked or interleaved becomes an `ir.LazyTensor` that is made when somebody asks, and not kept.
+    be widened, narrowed, stacked or interleaved becomes a `MadeTensor`.
 
     Raises:
         ExportError: a tensor is missing, or its shape is not what the graph needs.
@@ -70,64 +52,115 @@ def bind_weights(model: ir.Model, config: ModelConfig, source: Source) -> None:
         value.const_value = bound_tensor(name, recipe, value, source)
 
 
-def bound_tensor(name: str, recipe: Recipe, value: ir.Value, source: Source) -> ir.TensorProtocol:
-    """The tensor for one initializer; see `bind_weights`."""
+def bound_tensor(
+    name: str,
+    recipe: Recipe,
+    value: ir.Value,
+    source: Source,
+    stored: tuple[int, ...] | None = None,
+    cut: Cut | None = None,
+) -> ir.TensorProtocol:
+    """The tensor for one initializer; see `bind_weights`.
+
+    Args:
+        stored: the shape that each tensor of the recipe must have; default: what the initializer's own says.
+        cut: the slice of each of them that the initializer is made of, where it is not the whole.
+    """
     assert value.shape is not None
     assert value.dtype is not None
-    shape, dtype = value.shape.numpy(), value.dtype
+    stored = stored or recipe.stored_shape(tuple(value.shape.numpy()))
     for tensor in recipe.tensors:
         if tensor not in source.entries:
             raise ExportError(f"the checkpoint has no tensor {tensor!r}")
-    if isinstance(recipe, Direct):
-        entry = source.entries[recipe.tensor]
-        if tuple(entry.shape) != tuple(shape):
-            raise ExportError(f"tensor {recipe.tensor!r} has shape {list(entry.shape)}, the model needs {list(shape)}")
-        if _STORED_DTYPES.get(entry.dtype) == dtype:
-            file = entry.file
-            return ir.ExternalTensor(str(file), entry.offset, entry.nbytes, dtype, shape=value.shape, name=name)
+        found = tuple(source.entries[tensor].shape)
+        if found != stored:
+            raise ExportError(f"tensor {tensor!r} has shape {list(found)}, the model needs {list(stored)}")
+    dtype, pieces = value.dtype, None
+    if all(_STORED_DTYPES.get(source.entries[tensor].dtype) == dtype for tensor in recipe.tensors):
+        pieces = pieces_of(recipe, source.entries, cut)
+    if isinstance(recipe, Direct) and pieces is not None and len(pieces) == 1 and pieces[0].is_run:
+        strand = pieces[0].strands[0]
+        return ir.ExternalTensor(strand.file, strand.offset, pieces[0].nbytes, dtype, shape=value.shape, name=name)
+
+    def read(tensor: str) -> NDArray:
+        whole = source.array(tensor)
+        return whole if cut is None else whole[cut]
 
     if not isinstance(recipe, Direct):
-        return ExpertTensor(recipe, source, dtype, value.shape, name)
-    return ConvertedTensor(recipe, source, dtype, value.shape, name)
+        return ExpertTensor(recipe, read, dtype, value.shape, name, pieces)
+    return ConvertedTensor(recipe, read, dtype, value.shape, name, pieces)
 
 
-class ConvertedTensor(ir.LazyTensor):
-    """A checkpoint tensor in another type than it is stored in, made when somebody asks."""
+def stored_pieces(tensor: ir.TensorProtocol) -> tuple[Piece, ...] | None:
+    """The bytes of the checkpoint's files that a bound tensor is, or None where it takes more than copying them."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return (run(str(tensor.location), tensor.offset or 0, tensor.nbytes),)
+    return tensor.pieces if isinstance(tensor, MadeTensor) else None
 
-    def __init__(self, recipe: Direct, source: Source, dtype: ir.DataType, shape: ir.Shape, name: str) -> None:
-        def assemble() -> ir.TensorProtocol:
-            return _as_tensor(self.stored(), dtype, name, tuple(shape.numpy()))
 
-        super().__init__(assemble, dtype=dtype, shape=shape, name=name, cache=False)
-        self._recipe, self._source = recipe, source
+class MadeTensor(ir.LazyTensor):
+    """A weight that is made of checkpoint tensors when somebody asks, and not kept.
+
+    `pieces`: the bytes of the checkpoint's files that it is, or None where it takes more than copying them: another type.
+    """
+
+    def __init__(
+        self,
+        made: Callable[[], NDArray],
+        dtype: ir.DataType,
+        shape: ir.Shape,
+        name: str,
+        pieces: tuple[Piece, ...] | None,
+    ) -> None:
+        def evaluate() -> ir.TensorProtocol:
+            array = made()
+            if array.shape != tuple(shape.numpy()):
+                raise ExportError(f"{name} assembles to shape {list(array.shape)}, the model needs {list(shape)}")
+            return ir.tensor(array.astype(_NUMPY_DTYPES[dtype], copy=False), dtype=dtype, name=name)
+
+        super().__init__(evaluate, dtype=dtype, shape=shape, name=name, cache=False)
+        self.pieces = pieces
+
+
+class ConvertedTensor(MadeTensor):
+    """A checkpoint tensor in another type than it is stored in, or some of its columns."""
+
+    def __init__(
+        self,
+        recipe: Direct,
+        read: ReadArray,
+        dtype: ir.DataType,
+        shape: ir.Shape,
+        name: str,
+        pieces: tuple[Piece, ...] | None,
+    ) -> None:
+        super().__init__(self.stored, dtype, shape, name, pieces)
+        self._recipe, self._read = recipe, read
 
     def stored(self) -> NDArray:
         """The tensor in the type it is stored in, usually a view of the mapped file."""
-        return self._recipe.assemble(self._source.array)
+        return self._recipe.assemble(self._read)
 
 
-class ExpertTensor(ir.LazyTensor):
-    """The stacked weights of a layer's experts, made when somebody asks, whole or one expert at a time."""
+class ExpertTensor(MadeTensor):
+    """The stacked weights of a layer's experts, whole or one expert at a time."""
 
     def __init__(
-        self, recipe: Stacked | InterleavedStack, source: Source, dtype: ir.DataType, shape: ir.Shape, name: str
+        self,
+        recipe: Stacked | InterleavedStack,
+        read: ReadArray,
+        dtype: ir.DataType,
+        shape: ir.Shape,
+        name: str,
+        pieces: tuple[Piece, ...] | None,
     ) -> None:
-        def assemble() -> ir.TensorProtocol:
-            return _as_tensor(recipe.assemble(source.array), dtype, name, tuple(shape.numpy()))
-
-        super().__init__(assemble, dtype=dtype, shape=shape, name=name, cache=False)
-        self._recipe, self._source = recipe, source
+        super().__init__(lambda: recipe.assemble(read), dtype, shape, name, pieces)
+        self._recipe, self._read = recipe, read
 
     def experts(self) -> Iterator[NDArray]:
         """Each expert's weights [rows, columns] in the type they are stored in. Raises ExportError where the shape is wrong."""
         for recipe in self._recipe.experts():
-            array = recipe.assemble(self._source.array)[0]
+            array = recipe.assemble(self._read)[0]
             if array.shape != tuple(self.shape.numpy())[1:]:
                 raise ExportError(f"an expert of {self.name} assembles to shape {list(array.shape)}")
             yield array
-
-
-def _as_tensor(array: NDArray, dtype: ir.DataType, name: str, shape: tuple[int, ...]) -> ir.TensorProtocol:
-    if array.shape != shape:
-        raise ExportError(f"{name} assembles to shape {list(array.shape)}, the model needs {list(shape)}")
-    return ir.tensor(array.astype(_NUMPY_DTYPES[dtype], copy=False), dtype=dtype, name=name)

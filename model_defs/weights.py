@@ -3,6 +3,9 @@
 Most parameters are a checkpoint tensor as it is. The experts of a layer are stacked, and their gate and up matrices interleaved row
 by row, because that is the form every mixture-of-experts kernel takes. The same table drives loading into PyTorch, binding the exported
 graph to the checkpoint and cutting for tensor parallelism.
+
+Every recipe has `groups` of tensors, which say the same in terms of rows: the parameter is the groups one behind the other, and the rows
+of a group's tensors alternate.
 """
 
 from __future__ import annotations
@@ -28,6 +31,14 @@ class Direct:
     def tensors(self) -> tuple[str, ...]:
         return (self.tensor,)
 
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        return ((self.tensor,),)
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the tensor of a parameter of this shape."""
+        return shape
+
     def assemble(self, read: ReadArray) -> NDArray:
         return read(self.tensor)
 
@@ -37,6 +48,14 @@ class Stacked:
     """The parameter stacks one checkpoint tensor per expert: [E, rows, columns]."""
 
     tensors: tuple[str, ...]
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        return tuple((name,) for name in self.tensors)
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of each tensor of a parameter of this shape."""
+        return shape[1:]
 
     def assemble(self, read: ReadArray) -> NDArray:
         first = read(self.tensors[0])
@@ -58,8 +77,16 @@ class InterleavedStack:
     odd: tuple[str, ...]
 
     @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(zip(self.even, self.odd, strict=True))
+
+    @property
     def tensors(self) -> tuple[str, ...]:
-        return tuple(name for pair in zip(self.even, self.odd, strict=True) for name in pair)
+        return tuple(name for pair in self.groups for name in pair)
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of each tensor of a parameter of this shape."""
+        return (shape[1] // 2, shape[2])
 
     def assemble(self, read: ReadArray) -> NDArray:
         rows, columns = read(self.even[0]).shape

@@ -368,12 +368,17 @@ class StageByName:
         self._done = done
 
 
-def referenced_bytes(model: ir.Model) -> int:
-    """Bytes of initializers that are used where they lie."""
+def referenced_bytes(model: ir.Model, *, assembled: bool = False) -> int:
+    """Bytes of initializers that are used where they lie, as they are or, with `assembled`, put together when the engine is loaded."""
     import onnx_ir as ir
 
+    from export.weights import stored_pieces
+
     tensors = (value.const_value for value in model.graph.initializers.values())
-    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+    if not assembled:
+        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+    stored = (stored_pieces(tensor) or () for tensor in tensors if tensor is not None)
+    return sum(piece.nbytes for pieces in stored for piece in pieces if piece.strands)
 
 
 def engine_sizes(engine: EngineConfig) -> dict[str, int]:

@@ -132,7 +132,7 @@ def build_one(task: RankTask, report: Report) -> BuiltRank:
     mine = shard(ir.load(task.graph), task.plan, request.rank)
     bind_rank_weights(mine, task.plan, request.rank, Checkpoint.open(task.checkpoint))
     error = None if request.quantization is None else quantize(mine, request.quantization)
-    referenced, exchanges = referenced_bytes(mine), []
+    referenced, exchanges = referenced_bytes(mine, assembled=isinstance(request, TensorRTRequest)), []
     if isinstance(request, TensorRTRequest):
         referenced *= request.strip_weights
         made = tensorrt.build_rank(mine, files, request, report)

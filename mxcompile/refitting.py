@@ -81,7 +81,7 @@ def refit(engine: str | Path, checkpoint: str | Path, *, progress: Progress | No
             for files in _with_own_weights(config.ranks):
                 manifest = _Rank(folder, config, files, model, opened, errors).write(writer, reference)
                 bound += len(manifest.tensors)
-                of_engine = [manifest.files[record.file].root == "engine" for record in manifest.tensors]
+                of_engine = [manifest.is_written(record) for record in manifest.tensors]
                 sizes = [record.nbytes for record in manifest.tensors]
                 written += sum(size for size, own in zip(sizes, of_engine, strict=True) if own)
                 referenced += sum(size for size, own in zip(sizes, of_engine, strict=True) if not own)
@@ -207,7 +207,8 @@ class _Rank:
         if missing:
             raise MxcompileError(f"{self._source}: does not list the weight {missing[0]}; build the engine again")
         values = self._values()
-        kept = {record.name for record in self._old.tensors if self._old.files[record.file].root == "engine"}
+        compiled = self._config.target != "onnxruntime"
+        kept = {record.name for record in self._old.tensors if self._old.is_written(record) and not compiled}
         graph = ir.Graph([], [], nodes=[], initializers=values, name="weights")
         data_name = next(file.name for file in self._old.files if file.root == "engine")
         types = {record.name: record.dtype for record in self._old.tensors}
@@ -219,6 +220,7 @@ class _Rank:
             lambda stage, done, total: None,
             dtype_of=lambda name, tensor: types[name],
             own_copy=lambda value: value.name in kept,
+            assembled=compiled,
         )
         manifest = dataclasses.replace(manifest, parts=self._old.parts)
         assert self._files.weights is not None

@@ -145,7 +145,7 @@ def _build_engine(
 
     bind_weights(model, config, cast("Source", checkpoint))
     error = None if request.quantization is None else quantize(model, request.quantization)
-    referenced = referenced_bytes(model) if request.strip_weights else 0
+    referenced = referenced_bytes(model, assembled=True) if request.strip_weights else 0
     engine = build(model, writer, request, report)
     return (engine if error is None else dataclasses.replace(engine, quantization=error.described())), referenced
 

@@ -80,8 +80,8 @@ def build(
     """Lower `model` in place, compile it for `request.gpu` and write its files with `writer`; commit them yourself.
 
     Initializers are `ir.ExternalTensor` (their file is mapped) or lazy tensors (made one at a time and parked in a file, so that
-    memory holds one of them). With `strip_weights` they become inputs of the plan, which is then small: those that lie in the
-    checkpoint stay there, derived ones are written beside the plan. Raises EngineError with TensorRT's own reason; exit code 3
+    memory holds one of them). With `strip_weights` they become inputs of the plan, which is then small: those that are made of bytes of
+    the checkpoint stay there, others are written beside the plan. Raises EngineError with TensorRT's own reason; exit code 3
     where TensorRT or the plugin library is missing.
     """
     return build_rank(model, writer, request, progress, plugin_folder)[0]
@@ -108,7 +108,9 @@ def build_rank(
     with tempfile.TemporaryFile(dir=writer.path) as parking:
         if request.strip_weights:
             weights_name, data_name = f"rank{request.rank}.weights.json", f"rank{request.rank}.weights.bin"
-            manifest = place_weights(model, writer, data_name, request.checkpoint, report, dtype_of=_dtype)
+            manifest = place_weights(
+                model, writer, data_name, request.checkpoint, report, dtype_of=_dtype, assembled=True
+            )
             writer.write(weights_name, manifest.to_json())
             weights_to_inputs(model, [record.name for record in manifest.tensors])
             weights = {}

@@ -16,7 +16,7 @@ from engines.tensorrt.device import CudaDevice, compute_capability
 from engines.tensorrt.messages import failure, make_logger, started
 from engines.tensorrt.nccl import Communicator, load_nccl
 from engines.tensorrt.session import TrtSession
-from engines.weights import map_weights
+from engines.weights import open_weights
 
 Verify = Literal["quick", "full"]
 
@@ -76,7 +76,7 @@ def open_rank(
     rank = 0 if exchanger is None else exchanger.rank
     trt = _modules(config, plugin_folder)
     files = next(files for files in config.ranks if files.rank == rank)
-    weights = {} if files.weights is None else map_weights(folder, config, files.weights, moved, whole=whole)
+    weights = [] if files.weights is None else open_weights(folder, config, files.weights, moved, whole=whole)[1]
     device = CudaDevice(rank)
     communicator = None
     if exchanger is not None:

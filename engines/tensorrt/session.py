@@ -21,8 +21,10 @@ from engines.plan import Run
 from engines.ragged import RaggedSession
 from engines.tensorrt.bindings import StepShapes
 from engines.tensorrt.books import Books
+from engines.tensorrt.loading import load_weights
 from engines.tensorrt.profiles import DECODE
 from engines.tensorrt.state import TrtState
+from engines.weights import StoredWeight
 
 _TOKEN_INPUTS = ("input_ids", "new_lengths", "past_lengths", "logit_positions")
 
@@ -30,9 +32,9 @@ _TOKEN_INPUTS = ("input_ids", "new_lengths", "past_lengths", "logit_positions")
 class TrtSession(RaggedSession):
     """A loaded engine. See `engines.interface.Session`.
 
-    `device`: `engines.tensorrt.device.CudaDevice` or one that does the same. `engine`: TensorRT's ICudaEngine. `weights`: arrays of
-    the engine's weight inputs, copied to the device here. `communicator`: of a rank (`engines.tensorrt.nccl.Communicator`); every rank
-    must then make the same calls in the same order. `tick`: called whenever there is progress.
+    `device`: `engines.tensorrt.device.CudaDevice` or one that does the same. `engine`: TensorRT's ICudaEngine. `weights`: the engine's
+    weight inputs, copied to the device here, a part at a time. `communicator`: of a rank (`engines.tensorrt.nccl.Communicator`); every
+    rank must then make the same calls in the same order. `tick`: called whenever there is progress.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class TrtSession(RaggedSession):
         config: EngineConfig,
         device: Any,
         engine: Any,
-        weights: dict[str, np.ndarray],
+        weights: Sequence[StoredWeight],
         communicator: Any = None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
@@ -57,7 +59,7 @@ class TrtSession(RaggedSession):
         }
         self._logits = device.allocate(limits.max_batch_size * positions * config.vocab_size * 4)
         self._taps = {name: self._tap(name) for name in config.taps}
-        self._weights = {name: self._upload(array) for name, array in weights.items()}
+        self._weights = load_weights(device, weights, tick)
         for context in self._contexts:
             for name, address in self._addresses().items():
                 _check(context.set_tensor_address(name, address), f"binding {name}")
@@ -96,12 +98,6 @@ class TrtSession(RaggedSession):
             dtype,
             width,
         )
-
-    def _upload(self, array: np.ndarray) -> int:
-        address = int(self._device.allocate(array.nbytes))
-        self._device.upload(address, np.ascontiguousarray(array))
-        self._tick()
-        return address
 
     def new_state(self, batch_size: int) -> TrtState:
         return TrtState(self._config, self._device, checks.batch_within(batch_size, self.max_batch_size))

@@ -17,6 +17,9 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from reference_ops import NEW_OPS
 
+from engines.pieces import Piece
+from engines.weights import StoredWeight, WeightRecord
+
 Recording = list[Callable[[], None]]
 
 
@@ -150,3 +153,9 @@ class HostContext:
         else:
             work()
         return True
+
+
+def in_memory(name: str, array: np.ndarray) -> StoredWeight:
+    """A weight as if it were a file's."""
+    record = WeightRecord(name, array.dtype.name, list(array.shape), array.nbytes, (Piece.run(0, 0, array.nbytes),))
+    return StoredWeight(record, [np.ascontiguousarray(array).reshape(-1).view(np.uint8)])

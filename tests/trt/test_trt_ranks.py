@@ -26,6 +26,7 @@ from engines.tensorrt.lowering import Attention
 from engines.tensorrt.nccl import ID_BYTES, Communicator, UniqueId
 from engines.tensorrt.runtime import check_gpu
 from engines.tensorrt.session import TrtSession
+from engines.weights import Manifest
 from export.parallel.mapping import ParallelMapping
 from export.parallel.plan import ShardingPlan
 from model_defs.presets import preset
@@ -57,6 +58,19 @@ def test_every_rank_has_its_plan_and_its_weights(two_ranks: Engine) -> None:
         "key": 1,
         "value": 1,
     }
+
+
+def test_nothing_of_the_checkpoint_is_copied(two_ranks: Engine) -> None:
+    """Experts and columns too are listed as bytes of the checkpoint; together they are all the weights that the ranks hold."""
+    folder, _ = two_ranks
+    plan = ShardingPlan(preset("tiny"), ParallelMapping.of(2, None, 2))
+    for rank in range(2):
+        manifest = Manifest.from_json((folder / f"rank{rank}.weights.json").read_text(), "list")
+        shapes = {record.name: tuple(record.shape) for record in manifest.tensors if not manifest.is_written(record)}
+        assert shapes == {name: plan.held_shape(name) for name in plan.shapes}
+        written = sum(record.nbytes for record in manifest.tensors if manifest.is_written(record))
+        assert written < 100_000  # constants of the graph
+        assert read_config(folder).files[f"rank{rank}.weights.bin"].size < 2 * written + 10_000
 
 
 def test_the_exchanges_stay_in_the_plan(two_ranks: Engine) -> None:
@@ -175,7 +189,7 @@ def test_sessions_of_all_ranks_equal_pytorch() -> None:
             options={"capacity": 32, "max_positions": chunk},
         )
         device, seat = HostDevice(), Seat()
-        session = TrtSession(described, device, HostEngine(device, graph, batch, chunk, chunk), {}, seat)
+        session = TrtSession(described, device, HostEngine(device, graph, batch, chunk, chunk), [], seat)
         state = session.new_state(batch)
         found = [session.prefill(prompts, state)] + [session.decode([t, t + 9], state) for t in range(4)]
         return found, state.recurrent(0), seat, device

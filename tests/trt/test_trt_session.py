@@ -6,7 +6,7 @@ import gc
 
 import numpy as np
 import pytest
-from host_device import HostDevice, HostEngine
+from host_device import HostDevice, HostEngine, in_memory
 from lowered_graph import canonical, numpy_of, random_model, small_config
 
 from engines.config import EngineConfig, Limits, RankFiles
@@ -34,12 +34,12 @@ class Made:
         names = [tap(layer) for layer in range(config.num_layers) for tap in (hidden_tap, router_tap)] if taps else []
         give_out(graph, names)
         lower(graph, capacity_for(MAX_SEQ_LEN), "plugin")
-        weights = {}
+        weights = []
         described = [port(value) for value in graph.graph.inputs]
         if strip:
             outside = list(graph.graph.initializers)
             weights_to_inputs(graph, outside)
-            weights = {n: numpy_of(p) for n, p in self.model.named_parameters() if n in outside}
+            weights = [in_memory(n, numpy_of(p)) for n, p in self.model.named_parameters() if n in outside]
         self.config = EngineConfig(
             mxcompile_version="test",
             target="tensorrt-rtx",
