@@ -52,6 +52,8 @@ def report(error: BaseException) -> int:
 
 def describe(error: BaseException) -> tuple[int, str]:
     """Exit code and one line for an exception; an empty line where silence is right."""
+    if isinstance(error, ImportError) and isinstance(error.__cause__, KeyboardInterrupt | SystemExit):
+        error = error.__cause__  # a signal while a library was starting
     match error:
         case BrokenPipeError():
             return PIPE_CLOSED, ""

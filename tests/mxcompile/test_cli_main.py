@@ -140,6 +140,16 @@ def test_every_end_has_its_exit_code(error, code, message):
     assert message in line
 
 
+@pytest.mark.parametrize(
+    ("signal", "code", "message"), [(KeyboardInterrupt(), 130, "interrupted"), (SystemExit(143), 143, "")]
+)
+def test_a_signal_that_a_starting_library_makes_an_error_of(signal, code, message):
+    """As extension modules written with pybind11 do, torch among them."""
+    error = ImportError("initialization failed")
+    error.__cause__ = signal
+    assert describe(error) == (code, message)
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--json"], ["plugins", "list"]])
 def test_a_reader_that_goes_away_is_not_an_error_message(arguments):
     command = [sys.executable, "-m", "mxcompile", *arguments]
