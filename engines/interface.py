@@ -9,7 +9,7 @@ K and V head dims, L layers, n places of images, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -179,4 +179,15 @@ class ImageSession(Session, Protocol):
 
     def image_features(self, images: Sequence[PreparedImage]) -> np.ndarray:
         """What the images put into a prompt, one after the other, float32 [tokens, D]."""
+        ...
+
+
+@runtime_checkable
+class SteppedImageSession(ImageSession, Protocol):
+    """An image session that other work need not wait for until a whole image is done."""
+
+    def image_steps(self, image: PreparedImage) -> Generator[None, None, np.ndarray]:
+        """`image_features` of one image in steps: `next` does one, a small part of the work, and the last one raises StopIteration
+        with the result. Other calls on the session may come between two steps.
+        """
         ...

@@ -6,7 +6,7 @@ n tokens of all images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ GRAPH, WEIGHTS, DATA = "vision.onnx", "vision.weights.json", "vision.weights.bin
 PIXELS, FEATURES = "pixels", "features"
 # Of one run of the graph: bounds the memory for activations (published sizes: 21 MiB of scores a tile and layer).
 TILES_AT_A_TIME = 4
+Steps = Generator[None, None, NDArray[np.float32]]
+"""Work in steps: `next` does one, and the last one raises StopIteration with the result."""
 
 
 class OrtTower:
@@ -46,14 +48,16 @@ class OrtTower:
             raise EngineError(f"{graph}: ONNX Runtime cannot load it: {text}", exit_code=ENVIRONMENT) from error
         check_started(self._session, device)
 
-    def rows(self, tiles_NCYX: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The features of all patches, tile by tile, and the newline behind them, [M, D]."""
+    def rows(self, tiles_NCYX: NDArray[np.float32]) -> Steps:
+        """In steps, the features of all patches, tile by tile, and the newline behind them, [M, D]."""
         side = self._vision.tile
         if tiles_NCYX.ndim != 4 or not len(tiles_NCYX) or tiles_NCYX.shape[1:] != (3, side, side):
             raise EngineError(f"tiles must be [tiles, 3, {side}, {side}], not {list(tiles_NCYX.shape)}")
         patches = self._vision.patches_per_side**2
         rows_MD = np.empty((len(tiles_NCYX) * patches + 1, self._width), np.float32)
         for start in range(0, len(tiles_NCYX), TILES_AT_A_TIME):
+            if start:
+                yield
             piece = np.ascontiguousarray(tiles_NCYX[start : start + TILES_AT_A_TIME], np.float32)
             try:
                 (found,) = self._session.run([FEATURES], {PIXELS: piece})
@@ -64,14 +68,29 @@ class OrtTower:
                 raise EngineError(f"ONNX Runtime failed on an image: {text}", exit_code=ENVIRONMENT) from error
         return rows_MD
 
+    def steps(self, image: PreparedImage) -> Steps:
+        """In steps of one run each, what the image puts into a prompt, [n, D]."""
+        rows_MD = yield from self.rows(image.tiles_NCYX)
+        return rows_MD[image.rows_n]
+
     def features(self, images: Sequence[PreparedImage]) -> NDArray[np.float32]:
         """What the images put into a prompt, one after the other, [n, D]."""
         out_nD = np.empty((sum(image.tokens for image in images), self._width), np.float32)
         end = 0
         for image in images:
             start, end = end, end + image.tokens
-            np.take(self.rows(image.tiles_NCYX), image.rows_n, axis=0, out=out_nD[start:end])
+            out_nD[start:end] = result(self.steps(image))
         return out_nD
+
+
+def result(steps: Steps) -> NDArray[np.float32]:
+    """What comes of them, after taking all."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            found: NDArray[np.float32] = end.value
+            return found
 
 
 def image_width(config: EngineConfig) -> int | None:

@@ -9,9 +9,11 @@ Legend: N tiles, C colour channels, Y X pixels of a tile.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,15 +50,26 @@ class PreparedImage:
         return len(self.rows_n)
 
 
-def prepare(source: Source, vision: VisionHalf) -> PreparedImage:
-    """Decode and tile an image.
+def prepare(source: Source, vision: VisionHalf, name: str | None = None) -> PreparedImage:
+    """Decode and tile an image. `name`: what errors call it; default: its path.
 
     Raises EngineError (exit code 2) for a file that cannot be read, is none of FORMATS, damaged or too large, and with exit code 3
     where Pillow is not installed.
     """
-    name, image = _decoded(source)
+    name, image = _decoded(source, name)
     size = image.height, image.width
     return PreparedImage(name, size, tiles(image, vision, name), token_rows(size, vision))
+
+
+def measure(data: bytes, vision: VisionHalf, name: str = "image") -> Size:
+    """Height and width of an image as its file's head has them, of which all follows but the pixels: nothing is decoded.
+
+    Raises EngineError as `prepare` does, but for damage behind the head.
+    """
+    with _opened(_bytes_of(data)[1], name) as image:
+        size = image.height, image.width
+    _inner(size, best_resolution(size, vision.pinpoints), name)
+    return size
 
 
 def tiles(image: Image.Image, vision: VisionHalf, name: str = "image") -> NDArray[np.float32]:
@@ -64,16 +77,9 @@ def tiles(image: Image.Image, vision: VisionHalf, name: str = "image") -> NDArra
     from PIL import Image
 
     side = vision.tile
-    height, width = best_resolution((image.height, image.width), vision.pinpoints)
-    if image.width / image.height > width / height:
-        inner = width, int(width * image.height / image.width)
-    else:
-        inner = int(height * image.width / image.height), height
-    if min(inner) < 1:
-        raise EngineError(
-            f"{name}: an image of {image.width} x {image.height} pixels is too narrow; nothing of it is left once it is "
-            f"brought to {width} x {height}"
-        )
+    size = image.height, image.width
+    height, width = best_resolution(size, vision.pinpoints)
+    inner = _inner(size, (height, width), name)
     canvas = Image.new("RGB", (width, height))
     canvas.paste(image.resize(inner, Image.Resampling.BICUBIC), ((width - inner[0]) // 2, (height - inner[1]) // 2))
     thumbnail = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
@@ -83,8 +89,54 @@ def tiles(image: Image.Image, vision: VisionHalf, name: str = "image") -> NDArra
     return np.ascontiguousarray(((tiles_NYXC * np.float32(1 / 255) - mean) / std).transpose(0, 3, 1, 2))
 
 
-def _decoded(source: Source) -> tuple[str, Image.Image]:
+def _inner(size: Size, resolution: Size, name: str) -> tuple[int, int]:
+    """Width and height of an image of `size` (height, width) once it is brought to `resolution`, its proportions kept."""
+    height, width = resolution
+    wide = size[1] / size[0] > width / height
+    inner = (width, int(width * size[0] / size[1])) if wide else (int(height * size[1] / size[0]), height)
+    if min(inner) < 1:
+        raise EngineError(
+            f"{name}: an image of {size[1]} x {size[0]} pixels is too narrow; nothing of it is left once it is "
+            f"brought to {width} x {height}"
+        )
+    return inner
+
+
+def _decoded(source: Source, name: str | None) -> tuple[str, Image.Image]:
     """The image's name for errors, and its first frame as RGB, as stored: a rotation noted in the file is not applied."""
+    image_type = _library().Image
+    if isinstance(source, image_type):
+        _check_pixels(name or "image", source)
+        return name or "image", source.convert("RGB")
+    path, data = _bytes_of(source)
+    with _opened(data, name or path) as image:
+        return name or path, image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """A file whose head was read and whose pixels may be; whatever its decoder raises inside the block becomes one EngineError."""
+    library = _library()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the library says of an image that is refused anyway, or fine
+            with library.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_pixels(name, image)
+                yield image
+    except EngineError:
+        raise
+    except library.DecompressionBombError:
+        raise EngineError(_too_large(name, "far more")) from None
+    except library.UnidentifiedImageError:
+        raise EngineError(f"{name}: is not a PNG, JPEG or WebP image") from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, MemoryError and others
+        raise EngineError(
+            f"{name}: the image is damaged ({str(error).splitlines()[0] if str(error) else error!r})"
+        ) from None
+
+
+def _library() -> Any:
+    """Pillow's module Image."""
     try:
         from PIL import Image
     except ImportError:
@@ -92,26 +144,7 @@ def _decoded(source: Source) -> tuple[str, Image.Image]:
             "reading images needs Pillow, which is not installed: pip install 'mxcompile[vision]'",
             exit_code=ENVIRONMENT,
         ) from None
-    if isinstance(source, Image.Image):
-        _check_pixels("image", source)
-        return "image", source.convert("RGB")
-    name, data = _bytes_of(source)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the library says of an image that is refused anyway, or fine
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_pixels(name, image)
-                return name, image.convert("RGB")
-    except EngineError:
-        raise
-    except Image.DecompressionBombError:
-        raise EngineError(_too_large(name, "far more")) from None
-    except Image.UnidentifiedImageError:
-        raise EngineError(f"{name}: is not a PNG, JPEG or WebP image") from None
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, MemoryError and others
-        raise EngineError(
-            f"{name}: the image is damaged ({str(error).splitlines()[0] if str(error) else error!r})"
-        ) from None
+    return Image
 
 
 def _bytes_of(source: Source) -> tuple[str, bytes]:

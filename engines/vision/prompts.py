@@ -25,6 +25,17 @@ def expand(ids: Sequence[int], images: Sequence[Sized], mark: int, prompt: int =
     return [copy for token in ids for copy in [token] * (next(sizes) if token == mark else 1)]
 
 
+def starts(ids: Sequence[int], images: Sequence[Sized], mark: int) -> list[int]:
+    """Where each image begins in what `expand` makes of `ids`."""
+    found, before = [], 0
+    sizes = iter(image.tokens for image in images)
+    for token in ids:
+        if token == mark:
+            found.append(before)
+        before += next(sizes) if token == mark else 1
+    return found
+
+
 def check_marks(ids: Sequence[int], images: int, mark: int, prompt: int = 0) -> None:
     """Raises EngineError unless `ids` have as many tokens `mark` as there are images."""
     marks = sum(token == mark for token in ids)

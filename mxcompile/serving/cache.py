@@ -1,10 +1,11 @@
 """States that outlive their request: prefixes of prompts by content, sessions by name, one memory budget for both.
 
-A prefix is kept in blocks of one prefill chunk. A block's key is the hash of the block before and its own tokens, so
-equal keys mean equal whole prefixes. Two things are kept of a block, each by itself: its part of the keys and values,
-which all longer prefixes need, and the recurrent states at its end, which only a prompt that leaves there needs. For
-MiniMax-Text-01 the second is the larger one. So when room is short, the states within a prompt leave first, and those
-stay where prompts ended, or parted from each other: those are where the next prompt will leave.
+A prefix is kept in blocks of one prefill chunk. A block's key is the hash of the block before, its own tokens and the
+digests of images among them, so equal keys mean equal whole prefixes. Two things are kept of a block, each by itself:
+its part of the keys and values, which all longer prefixes need, and the recurrent states at its end, which only a
+prompt that leaves there needs. For MiniMax-Text-01 the second is the larger one. So when room is short, the states
+within a prompt leave first, and those stay where prompts ended, or parted from each other: those are where the next
+prompt will leave.
 
 What was not used for longest leaves first, later blocks of a prefix before earlier ones; a session that must leave
 goes to disk when a folder was given.
@@ -23,6 +24,7 @@ from typing import Protocol
 import numpy as np
 
 from engines.interface import RowSnapshot, State
+from mxcompile.serving.images import PromptImage
 from mxcompile.serving.state_folder import StateFolder
 
 
@@ -148,11 +150,17 @@ class StateCache:
         self.block = block
         self._budget, self._seed = budget, engine_digest.encode()
 
-    def keys(self, tokens: Sequence[int]) -> list[bytes]:
-        """Keys of the whole blocks of `tokens`."""
+    def keys(self, tokens: Sequence[int], images: Sequence[PromptImage] = ()) -> list[bytes]:
+        """Keys of the whole blocks of `tokens`, in which `images` take places: a block that has some of an image's places is
+        another one for every other image, and for other places of the same.
+        """
         keys, key = [], self._seed
         for end in range(self.block, len(tokens) + 1, self.block):
-            part = np.asarray(tokens[end - self.block : end], "<i8").tobytes()
+            start = end - self.block
+            part = np.asarray(tokens[start:end], "<i8").tobytes()
+            for image in images:
+                if image.start < end and image.end > start:
+                    part += np.array([image.start - start, image.tokens], "<i8").tobytes() + image.digest
             key = hashlib.sha256(key + part).digest()
             keys.append(key)
         return keys

@@ -61,6 +61,14 @@ class Metrics:
         self.counts["prefix_cache_hit_tokens_total"] += cached
         self.counts["prefix_cache_query_tokens_total"] += asked
 
+    def images_encoded(self, images: int, tiles: int) -> None:
+        self.counts["images_encoded_total"] += images
+        self.counts["image_tiles_total"] += tiles
+
+    def images_known(self, images: int) -> None:
+        """Images whose tokens the prefix cache had to the last one."""
+        self.counts["images_known_total"] += images
+
     def decode_step(self, rows: int) -> None:
         self.counts["decode_steps_total"] += 1
         self.counts["decode_rows_total"] += rows  # divided by the steps: mean batch

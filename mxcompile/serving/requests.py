@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from engines.generation import GenerationConfig, GenerationResult, TokenEvent, TokenLogprobs
 from mxcompile.errors import MxcompileError
+
+if TYPE_CHECKING:
+    from mxcompile.serving.images import PromptImage
 
 # invalid: the request can never be served as it is; limited: not now, this client has too many already; unavailable:
 # not now; cancelled: the client left; internal: the engine failed on it.
@@ -59,8 +62,8 @@ class Request:
     `session` continues the named session: `prompt` then follows what it holds. `session_start` begins it anew.
     `client` is whom to be fair to. `others` are further answers to the same prompt, which is read once for all; each
     has events of its own. `prompt_logprobs` asks for a PromptRead before the first token, to the first answer, with so
-    many of the likeliest tokens; the prompt is then read whole and in small pieces. `emit` must not block and must not
-    call the scheduler.
+    many of the likeliest tokens; the prompt is then read whole and in small pieces. `images` take places of `prompt`, in
+    ascending order. `emit` must not block and must not call the scheduler.
     """
 
     prompt: list[int]
@@ -71,6 +74,12 @@ class Request:
     client: str = ""
     others: tuple[tuple[GenerationConfig, Emit], ...] = ()
     prompt_logprobs: int | None = None
+    images: tuple[PromptImage, ...] = ()
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the image files that it holds."""
+        return sum(len(image.data) for image in self.images)
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class Limits:
     `max_queue`: requests waiting for a slot; `max_queue_per_client`: of one client (default: as many). `max_wait_s`:
     seconds one may wait. `max_prompt_tokens`: longest prompt of one request (default: the engine's max_seq_len).
     `prefill_budget`: prompt tokens read between two decode steps (default: one chunk); at least one chunk is always
-    read.
+    read. `max_image_bytes`: image files of all requests that wait for a slot.
     """
 
     max_queue: int = 256
@@ -88,3 +97,4 @@ class Limits:
     max_prompt_tokens: int | None = None
     prefill_budget: int | None = None
     max_queue_per_client: int | None = None
+    max_image_bytes: int = 1 << 29

@@ -10,12 +10,14 @@ Rules of a step, in this order:
    slot first (idle rows cost least at the end);
 3. every sequence that decodes gets one token, in one run;
 4. prompts are read one chunk each, clients in turn and the prompts of each in turn, as many as `prefill_budget` tokens
-   allow: a long prompt delays neither the running answers nor a short prompt behind it by more than the budget.
+   allow: a long prompt delays neither the running answers nor a short prompt behind it by more than the budget. The
+   images of a prompt are decoded in another process, meanwhile others go on; then a run of the vision graph on a few
+   tiles takes the turn of a chunk.
 
 A request for several answers has its prompt read once, in one slot; what that row remembers is then copied to a slot
 for each further answer, as they become free.
 
-Legend: B slots, T new tokens, N vocabulary.
+Legend: B slots, N vocabulary.
 """
 
 from __future__ import annotations
@@ -24,69 +26,21 @@ import heapq
 import itertools
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from engines.generation import GenerationConfig, GenerationError, TokenLogprobs
-from engines.generation.generate import Detokenizer, Row, check_prompt, token_logprobs
+from engines.generation import GenerationError
+from engines.generation.generate import Detokenizer, Row, check_prompt
 from engines.interface import RowSnapshot, Session
 from mxcompile.serving.cache import SessionStore, StateCache
+from mxcompile.serving.encoding import Encoding
 from mxcompile.serving.fair_queue import FairQueue
+from mxcompile.serving.image_reader import ImageReader
+from mxcompile.serving.job import Job, Read, Ticket
 from mxcompile.serving.metrics import Metrics
-from mxcompile.serving.requests import (
-    MOST_ANSWERS,
-    Emit,
-    Failed,
-    Finished,
-    Limits,
-    PromptRead,
-    Request,
-    RequestError,
-)
-
-Ticket = int
-_SCORED_AT_ONCE = 16  # tokens; each has a row of logits for every slot: 8 slots of Text-01 make 0.1 GB
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A prompt that was read: what a row remembers of it, and the logits [N] after it."""
-
-    snapshot: RowSnapshot
-    logits_N: np.ndarray
-
-
-@dataclass(eq=False)
-class _Job:
-    """One answer on its way. `slot` is -1 while it waits; `fed` counts prompt tokens that its row has seen."""
-
-    ticket: Ticket
-    request: Request
-    config: GenerationConfig
-    emit: Emit
-    arrived: float
-    read: _Read | None = None  # of a further answer: what the first one's slot has read for it
-    unborn: list[tuple[GenerationConfig, Emit]] = field(default_factory=list)  # answers that wait for this one's prompt
-    slot: int = -1
-    row: Row | None = None
-    fed: int = 0
-    scores: list[TokenLogprobs] = field(default_factory=list)  # of the prompt from its second token on, if asked for
-    keys: list[bytes] = field(default_factory=list)  # of the prompt's whole blocks, where the prefix cache is asked
-    past: int = 0  # tokens of the session before this request
-    cached: int = 0
-    last_token: float = 0.0
-
-    @property
-    def client(self) -> str:
-        return self.request.client
-
-    @property
-    def sequence(self) -> Row:
-        assert self.row is not None
-        return self.row
+from mxcompile.serving.reading import PromptReading
+from mxcompile.serving.requests import MOST_ANSWERS, Failed, Finished, Limits, PromptRead, Request, RequestError
 
 
 class Scheduler:
@@ -100,28 +54,36 @@ class Scheduler:
         detokenizer: Callable[[], Detokenizer] | None = None,
         cache: StateCache | None = None,
         sessions: SessionStore | None = None,
+        images: ImageReader | None = None,
         prefill_chunk: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`prefill_chunk` defaults to the engine's own; a cache's block must be the same size."""
+        """`images` decodes those of requests, which may have none without it. `prefill_chunk` defaults to the engine's own; a cache's
+        block must be the same size.
+        """
         self.limits = limits or Limits()
         self.metrics = Metrics()
         self._session, self._detokenizer, self._clock = session, detokenizer, clock
-        self._cache, self._sessions = cache, sessions
+        self._cache, self._sessions, self._images = cache, sessions, images
         self._chunk = prefill_chunk or session.config.limits.prefill_chunk
         if cache is not None and cache.block != self._chunk:
             raise ValueError(f"the cache's block of {cache.block} tokens is not the prefill chunk of {self._chunk}")
-        self._budget = self.limits.prefill_budget or self._chunk
         self._state = session.new_state(session.max_batch_size)
-        self._slots: list[_Job | None] = [None] * session.max_batch_size
+        self._slots: list[Job | None] = [None] * session.max_batch_size
         self._free = list(range(session.max_batch_size))  # a heap
-        self._reading: deque[_Job] = deque()  # in slots, prompt not read to its end; next to read first
-        self._turns: dict[str, int] = {}  # of the clients that are being read: when each had its last chunk
-        self._turn = itertools.count(1)
+        self._reading = PromptReading(
+            session,
+            self._state,
+            chunk=self._chunk,
+            budget=self.limits.prefill_budget or self._chunk,
+            cache=cache,
+            metrics=self.metrics,
+            holds=lambda job: self._slots[job.slot] is job,
+        )
         self._tickets = itertools.count(1)
         # The rest is shared between threads, under the lock.
         self._changed = threading.Condition()
-        self._queue: FairQueue[_Job] = FairQueue()
+        self._queue: FairQueue[Job] = FairQueue()
         self._open: dict[Ticket, int] = {}  # answers that have not ended
         self._cancelled: set[Ticket] = set()
         self._busy_sessions: set[str] = set()
@@ -150,7 +112,7 @@ class Scheduler:
             except RequestError as error:
                 self.metrics.refused(error.kind)
                 raise
-            job = _Job(next(self._tickets), request, request.config, request.emit, self._clock())
+            job = Job(next(self._tickets), request, request.config, request.emit, self._clock())
             job.unborn += request.others
             self._open[job.ticket] = 1 + len(request.others)
             if request.session is not None:
@@ -174,7 +136,9 @@ class Scheduler:
     def wait(self, timeout: float) -> None:
         """Return when there may be something to do, or after `timeout` seconds."""
         with self._changed:
-            if self.idle and not self._cancelled and self._closed is None:
+            if self._cancelled or (self.idle and self._closed is not None):
+                return
+            if self.idle or (not (len(self._queue) and self._free) and self._all_blocked()):
                 self._changed.wait(timeout)
 
     def step(self) -> bool:
@@ -197,6 +161,13 @@ class Scheduler:
             tickets = {job.ticket for job in [*self._queue, *self._slots] if job is not None}
         for ticket in tickets:
             self._fail(ticket, Failed("unavailable", message))
+
+    def _all_blocked(self) -> bool:
+        return all(job is None or job.blocked for job in self._slots)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
 
     def _check(self, request: Request) -> None:
         if self._closed is not None:
@@ -227,6 +198,8 @@ class Scheduler:
                         "send the whole conversation with session_start"
                     )
                 past, prompt = held.length, [*held.unfed, *request.prompt]
+        if request.images:
+            self._check_images(request)
         try:
             check_prompt(0, prompt, past, self._session.max_seq_len, self._session.vocab_size)
         except GenerationError as error:
@@ -240,6 +213,17 @@ class Scheduler:
             raise RequestError(f"{own} requests of this client are waiting already; try again later", "limited")
         if waiting >= self.limits.max_queue:
             raise RequestError(f"{waiting} requests are waiting already; try again later", "unavailable")
+
+    def _check_images(self, request: Request) -> None:
+        if self._images is None:
+            raise RequestError("this server reads no images")
+        if request.prompt_logprobs is not None:
+            raise RequestError(
+                "the tokens of an image have no log-probabilities; ask for those of a prompt without images"
+            )
+        waiting = sum(job.request.image_bytes for job in self._queue if job.read is None)
+        if waiting and waiting + request.image_bytes > self.limits.max_image_bytes:
+            raise RequestError(f"{waiting} bytes of images are waiting already; try again later", "unavailable")
 
     def _admit(self) -> None:
         now = self._clock()
@@ -265,24 +249,24 @@ class Scheduler:
                 self.metrics.queued(now - job.arrived)
                 self._place(job)
 
-    def _go_on(self, job: _Job, read: _Read) -> None:
+    def _go_on(self, job: Job, read: Read) -> None:
         """Give a further answer its slot and its first token."""
         job.read = None
         self._state.write_row(job.slot, read.snapshot)
         self._begin(job, job.request.prompt)
         self._draw(job, read.logits_N)
 
-    def _begin(self, job: _Job, prompt: list[int]) -> None:
+    def _begin(self, job: Job, prompt: list[int]) -> None:
         make = self._detokenizer
         job.row = Row(job.slot, prompt, job.config, self._session.vocab_size, make() if make else None)
         # The last token that is drawn need not be fed, so one more fits than the engine has room for.
         job.row.limit = min(job.config.max_new_tokens, self._session.max_seq_len - job.past - len(prompt) + 1)
 
-    def _place(self, job: _Job) -> None:
+    def _place(self, job: Job) -> None:
         """Give a request its slot: empty, or with what a session or the prefix cache remembers."""
         request = job.request
         self._state.clear_row(job.slot)
-        prompt = request.prompt
+        prompt, job.images = request.prompt, list(request.images)
         found: RowSnapshot | None = None
         if request.session is not None and not request.session_start:
             assert self._sessions is not None
@@ -291,9 +275,10 @@ class Scheduler:
                 self._fail(job.ticket, Failed("invalid", f"session {request.session!r} was dropped; start it again"))
                 return
             prompt, found = [*saved.unfed, *prompt], saved.snapshot
+            job.images = [image.behind(len(saved.unfed)) for image in job.images]
             job.past = job.cached = found.length
         elif self._cache is not None and request.prompt_logprobs is None:
-            job.keys = self._cache.keys(prompt)
+            job.keys = self._cache.keys(prompt, job.images)
             # At least one token must be read, for its logits.
             found = self._cache.find(job.keys[: (len(prompt) - 1) // self._chunk])
             if found is not None:
@@ -305,9 +290,14 @@ class Scheduler:
             # At once, not as it is read: the next slot must see it.
             self._queue.charge(job.client, len(prompt) - job.fed)
         self._begin(job, prompt)
-        self._reading.append(job)
+        unknown = [image for image in job.images if image.end > job.fed]
+        self.metrics.images_known(len(job.images) - len(unknown))
+        if unknown:
+            assert self._images is not None
+            job.encoding = Encoding(unknown, self._images, self._wake)
+        self._reading.add(job)
 
-    def _decode(self, jobs: list[_Job]) -> None:
+    def _decode(self, jobs: list[Job]) -> None:
         slots = len(self._slots)
         ids_B1, new_B = np.zeros((slots, 1), np.int64), np.zeros(slots, np.int64)
         for job in jobs:
@@ -322,81 +312,27 @@ class Scheduler:
             self._draw(job, logits_BN[job.slot])
 
     def _read_prompts(self) -> None:
-        """Read chunks of several prompts in one run, up to the budget: reading each alone takes twice as long."""
-        parts: list[tuple[_Job, list[int]]] = []
-        spent = 0
-        if not self._reading:
-            self._turns.clear()
-        while self._reading:
-            # The client whose last turn was longest ago; its prompts in turn.
-            job = min(self._reading, key=lambda job: self._turns.get(job.client, 0))
-            part = job.sequence.prompt[job.fed : job.fed + self._chunk]
-            if parts and spent + len(part) > self._budget:
-                break
-            self._reading.remove(job)
-            self._turns[job.client] = next(self._turn)
-            if self._slots[job.slot] is job:  # not cancelled
-                parts.append((job, part))
-                spent += len(part)
-        if not parts:
-            return
-        self.metrics.prompt_tokens(spent)
-        plain = [(job, part) for job, part in parts if job.request.prompt_logprobs is None]
-        logits = {job.slot: logits_N for (job, _), logits_N in zip(plain, self._read(plain), strict=True)}
-        for job, part in parts:
+        for job, outcome in self._reading.step():
+            if isinstance(outcome, Failed):
+                self._fail(job.ticket, outcome)
+                continue
             if job.request.prompt_logprobs is not None:
-                logits[job.slot] = self._score(job, part, job.request.prompt_logprobs)
-            job.fed += len(part)
-            if self._cache is not None and job.keys and len(part) == self._chunk:
-                self._cache.store(job.keys[: job.fed // self._chunk], self._state, job.slot)
-            if job.fed == len(job.sequence.prompt):
-                if job.request.prompt_logprobs is not None:
-                    job.emit(PromptRead(job.sequence.prompt, job.scores))
-                if job.unborn:
-                    self._fork(job, logits[job.slot])
-                self._draw(job, logits[job.slot])
-            else:
-                self._reading.append(job)
+                job.emit(PromptRead(job.sequence.prompt, job.scores))
+            if job.unborn:
+                self._fork(job, outcome)
+            self._draw(job, outcome)
 
-    def _read(self, parts: list[tuple[_Job, list[int]]]) -> list[np.ndarray]:
-        """One chunk for each of some slots; for each the logits [N] after its last token, of use where a prompt ends."""
-        slots, longest = len(self._slots), max((len(part) for _, part in parts), default=0)
-        if not parts:
-            return []
-        ids_BT, new_B = np.zeros((slots, longest), np.int64), np.zeros(slots, np.int64)
-        for job, part in parts:
-            ids_BT[job.slot, : len(part)], new_B[job.slot] = part, len(part)
-        if any(job.fed + len(part) == len(job.sequence.prompt) for job, part in parts):
-            logits_BN = self._session.forward(ids_BT, new_B, self._state).logits[:, 0]
-            return [logits_BN[job.slot] for job, _ in parts]
-        # No position is asked for: logits cost a product with the whole vocabulary.
-        self._session.forward(ids_BT, new_B, self._state, positions=np.zeros((slots, 0), np.int64))
-        return [np.zeros(0)] * len(parts)
-
-    def _score(self, job: _Job, part: list[int], top: int) -> np.ndarray:
-        """One chunk of a prompt whose tokens' log-probabilities are wanted; the logits [N] after its last token."""
-        slots, prompt = len(self._slots), job.sequence.prompt
-        for at in range(0, len(part), _SCORED_AT_ONCE):
-            piece = part[at : at + _SCORED_AT_ONCE]
-            ids_BT, new_B = np.zeros((slots, len(piece)), np.int64), np.zeros(slots, np.int64)
-            ids_BT[job.slot], new_B[job.slot] = piece, len(piece)
-            logits_TN = self._session.forward(ids_BT, new_B, self._state, positions="all").logits[job.slot]
-            for after, logits_N in enumerate(logits_TN, start=job.fed + at + 1):
-                if after < len(prompt):
-                    job.scores.append(token_logprobs(logits_N, prompt[after], top))
-        return logits_TN[-1]
-
-    def _fork(self, job: _Job, logits_N: np.ndarray) -> None:
+    def _fork(self, job: Job, logits_N: np.ndarray) -> None:
         """Let the further answers wait for slots, before the other requests of their client."""
-        read = _Read(self._state.read_row(job.slot), logits_N.copy())
+        read = Read(self._state.read_row(job.slot), logits_N.copy())
         with self._changed:
             for config, emit in reversed(job.unborn):
-                other = _Job(job.ticket, job.request, config, emit, job.arrived, read)
+                other = Job(job.ticket, job.request, config, emit, job.arrived, read)
                 other.cached = job.cached
                 self._queue.push(other, first=True)
         job.unborn.clear()
 
-    def _draw(self, job: _Job, logits_N: np.ndarray) -> None:
+    def _draw(self, job: Job, logits_N: np.ndarray) -> None:
         if self._slots[job.slot] is not job:
             return  # another answer to its prompt has failed
         try:
@@ -416,7 +352,7 @@ class Scheduler:
         if event.finish_reason is not None:
             self._finish(job, Finished(job.sequence.result(now - job.arrived), job.cached))
 
-    def _finish(self, job: _Job, event: Finished) -> None:
+    def _finish(self, job: Job, event: Finished) -> None:
         request = job.request
         if request.session is not None:
             assert self._sessions is not None
@@ -446,12 +382,14 @@ class Scheduler:
             for emit in [job.emit, *(emit for _, emit in job.unborn)]:
                 emit(failure)
 
-    def _release(self, job: _Job) -> None:
+    def _release(self, job: Job) -> None:
+        if job.encoding is not None:
+            job.encoding.drop()
         self._slots[job.slot] = None
         heapq.heappush(self._free, job.slot)
         self._queue.ended(job.client)
 
-    def _close(self, job: _Job) -> None:
+    def _close(self, job: Job) -> None:
         del self._open[job.ticket]
         if job.request.session is not None:
             self._busy_sessions.discard(job.request.session)

@@ -67,8 +67,9 @@ def serve(
 
             base = f"http://{at.host}:{at.http_port}"
             metrics = f"http://{at.host}:{at.metrics_port}/metrics"
-            family = str(read_config(engine).model.get("family", "text-01"))
-            stack.enter_context(FrontServer(at.host, at.openai_port, base, metrics, name, drain_s, family))
+            config = read_config(engine)
+            family, images = str(config.model.get("family", "text-01")), config.vision is not None
+            stack.enter_context(FrontServer(at.host, at.openai_port, base, metrics, name, drain_s, family, images))
             say(f"OpenAI API  http://{at.host}:{at.openai_port}/v1")
         say(f"Triton      {at.host}:{at.http_port} (HTTP), {at.host}:{at.grpc_port} (gRPC), model {name}")
         say(f"metrics     http://{at.host}:{at.metrics_port}/metrics")

@@ -19,14 +19,18 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from engines.generation import GenerationConfig, GenerationError
+from engines.generation import GenerationError
+from engines.interface import ImageSession
 from mxcompile.errors import MxcompileError
 from mxcompile.loading import LoadedEngine, load
 from mxcompile.serving.cache import MemoryBudget, SessionStore, StateCache
+from mxcompile.serving.image_reader import ImageReader
+from mxcompile.serving.images import MOST_BYTES, NO_VISION
+from mxcompile.serving.messages import read_request
 from mxcompile.serving.relay import Relay
-from mxcompile.serving.requests import MOST_ANSWERS, Limits, Request, RequestError
+from mxcompile.serving.requests import Limits, RequestError
 from mxcompile.serving.scheduler import Scheduler, Ticket
 from mxcompile.serving.state_file import engine_digest
 from mxcompile.serving.wire import Wire, WireError
@@ -34,7 +38,6 @@ from mxcompile.serving.wire import Wire, WireError
 logger = logging.getLogger("mxcompile.serving")
 METRICS_EVERY_S = 1.0
 _LOOK_FOR_FRONT_S = 0.5
-MOST_LOGPROBS = 20  # alternatives to a token, as in OpenAI's API
 _TEXT_BYTES_PER_TOKEN = 64  # more than a prompt that fits can have, so that a longer one is refused unread
 
 
@@ -82,6 +85,7 @@ class Worker:
             detokenizer=engine.tokenizer.detokenizer if engine.tokenizer is not None else None,
             cache=cache,
             sessions=self._sessions,
+            images=self._image_reader(),
             prefill_chunk=self._chunk,
         )
         self._out: list[dict[str, Any]] = []  # of the scheduler's thread, sent after each step
@@ -90,6 +94,14 @@ class Worker:
         self._leaving = threading.Lock()  # held while messages leave: those of one answer must keep their order
         self._draining = False
         self._check_alive = getattr(engine.session, "check_alive", None)
+
+    def _image_reader(self) -> ImageReader | None:
+        vision = self._engine.config.vision
+        if vision is None:
+            return None
+        # Opens the vision graph: at the first image, running answers would wait for that.
+        cast(ImageSession, self._engine.session).image_features(())
+        return ImageReader(vision)
 
     def describe(self) -> dict[str, Any]:
         """The message that says what this engine takes."""
@@ -100,6 +112,8 @@ class Worker:
             "vocab_size": self._engine.session.vocab_size,
             "tokenizer": self._engine.tokenizer is not None,
             "max_text_bytes": self._engine.max_seq_len * _TEXT_BYTES_PER_TOKEN,
+            "max_image_bytes": MOST_BYTES,
+            "no_images": NO_VISION if self._engine.config.vision is None else "",
         }
 
     def run(self) -> None:
@@ -185,7 +199,7 @@ class Worker:
         named = {"request_id": message.get("request_id", ""), "client": message.get("client_id", "")}
         relay = Relay(message["id"], self._emit, **named)
         try:
-            relay, request = self._request(message, named)
+            relay, request = read_request(message, self._engine, self._emit, named)
             # A request may end before its ticket is noted: only `emit`, which drops the note, needs the same lock.
             with self._lock:
                 self._tickets[message["id"]] = self._scheduler.submit(request)
@@ -195,66 +209,6 @@ class Worker:
         except Exception as error:  # of this request: others are not to suffer
             logger.exception(json.dumps({"event": "request_failed", "id": message["id"], "message": repr(error)}))
             relay.refuse("internal", "the engine process failed on this request; its log says why")
-
-    def _request(self, message: dict[str, Any], named: dict[str, str]) -> tuple[Relay, Request]:
-        text, ids = message.get("text_input"), message.get("input_ids")
-        given = [value for value in (text, ids) if value is not None]
-        if len(given) != 1:
-            raise RequestError("give either text_input or input_ids")
-        answers = message.get("n", 1)
-        if not 1 <= answers <= MOST_ANSWERS:
-            raise RequestError(f"n must be between 1 and {MOST_ANSWERS}, not {answers}")
-        top = message.get("top_log_probs")
-        if top is not None and not 0 <= top <= MOST_LOGPROBS:
-            raise RequestError(f"top_log_probs must be between 0 and {MOST_LOGPROBS}, not {top}")
-        stops = [] if message.get("end_id") == -1 else [message["end_id"]] if "end_id" in message else None
-        config = GenerationConfig(
-            max_new_tokens=message.get("max_tokens", 128),
-            temperature=message.get("temperature", 0.0),
-            top_k=message.get("top_k", 0),
-            top_p=message.get("top_p", 1.0),
-            repetition_penalty=message.get("repetition_penalty", 1.0),
-            presence_penalty=message.get("presence_penalty", 0.0),
-            frequency_penalty=message.get("frequency_penalty", 0.0),
-            seed=message.get("seed", 0),
-            stop_token_ids=self._engine.eos_token_ids if stops is None else tuple(stops),
-            stop_strings=tuple(message.get("stop_words", ())),
-            logprobs=top if top is not None else 0 if message.get("return_log_probs") else None,
-        )
-        scores = bool(message.get("prompt_log_probs"))
-        if scores and top is None:
-            raise RequestError("prompt_log_probs needs top_log_probs, the number of likeliest tokens to tell")
-        tokenizer = self._engine.tokenizer
-        prompt = self._engine.tokens(given[0])
-        prefix = ""
-        if message.get("echo"):
-            if tokenizer is None:
-                raise RequestError("echo needs a tokenizer, which this engine was built without")
-            prefix = text if text is not None else tokenizer.decode(prompt)
-        relay = Relay(
-            message["id"],
-            self._emit,
-            stream=bool(message.get("stream")),
-            answers=answers,
-            details=False if top is None else tokenizer or True,
-            prefix=prefix,
-            **named,
-        )
-        request = Request(
-            prompt,
-            config,
-            relay.of(0),
-            session=message.get("session_id"),
-            session_start=bool(message.get("session_start")),
-            client=named["client"],
-            prompt_logprobs=top if scores else None,
-            # Each further answer has the next seed, so that it can be had alone.
-            others=tuple(
-                (dataclasses.replace(config, seed=(config.seed + index) % 2**64), relay.of(index))
-                for index in range(1, answers)
-            ),
-        )
-        return relay, request
 
     def _emit(self, messages: list[dict[str, Any]]) -> None:
         with self._lock:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import psutil
 import pytest
-from served import Served, launch, triton_venv
+from served import LIMIT_S, Served, launch, triton_venv
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +66,36 @@ def start_server(installation, engine, tmp_path_factory):
 def server(start_server) -> Served:
     """One server that most tests share."""
     return start_server()
+
+
+@pytest.fixture(scope="session")
+def vl_engine(tmp_path_factory) -> Path:
+    """An fp32 engine of two layers of preset tiny-vl, with its vision half, for 8 sequences of 640 tokens; do not write into it."""
+    from model_defs.presets import preset
+    from mxcompile.building import build
+    from mxcompile.checkpoints import create_checkpoint
+
+    folder = tmp_path_factory.mktemp("serving-vl")
+    model = dataclasses.replace(preset("tiny-vl"), layer_kinds=("lightning", "softmax"), slope_layers=2)
+    create_checkpoint(model, folder / "checkpoint", seed=1)
+    build(folder / "checkpoint", folder / "engine", max_batch_size=8, max_seq_len=640, prefill_chunk=32, threads=2)
+    return folder / "engine"
+
+
+@pytest.fixture(scope="session")
+def vl_loaded(vl_engine):
+    """The engine in this process."""
+    from mxcompile.loading import load
+
+    return load(vl_engine, threads=1)
+
+
+@pytest.fixture(scope="session")
+def vl_server(installation, vl_engine, tmp_path_factory):
+    """One server on it that all tests of images share."""
+    server = launch(vl_engine, tmp_path_factory.mktemp("log") / "server.log", triton_venv())
+    yield server
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    assert server.stop() == 0, server.log.read_text()
+    _, alive = psutil.wait_procs(family, timeout=LIMIT_S)
+    assert not alive, "also the process that decodes images"

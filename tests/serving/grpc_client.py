@@ -1,11 +1,13 @@
 """gRPC clients, run with the Python that has `tritonclient`: grpc_client.py PORT < requests > results
 
 One JSON object per line, in and out. A request is {"id", "inputs": {...}, "types": {...}, "options": {...},
-"leave_after": responses or null} and starts when its line is read, over a connection of its own; `types` replaces a
-tensor's type, `options` are those of `async_stream_infer`. Its result, when it ends, is {"id", "responses": [{...}],
-"error": text or null}. Ends when no more requests come and all have ended.
+"decode": [...], "leave_after": responses or null} and starts when its line is read, over a connection of its own;
+`types` replaces a tensor's type, the inputs in `decode` are bytes that the line has in base64, `options` are those of
+`async_stream_infer`. Its result, when it ends, is {"id", "responses": [{...}], "error": text or null}. Ends when no more
+requests come and all have ended.
 """
 
+import base64
 import json
 import queue
 import sys
@@ -16,6 +18,7 @@ import tritonclient.grpc as triton
 
 TYPES = {
     "text_input": "BYTES",
+    "images": "BYTES",
     "stop_words": "BYTES",
     "session_id": "BYTES",
     "input_ids": "INT32",
@@ -46,6 +49,8 @@ def ask(port, request):
     for name, value in request["inputs"].items():
         values = value if isinstance(value, list) else [value]
         kind = request.get("types", {}).get(name) or TYPES.get(name, "INT32")
+        if name in request.get("decode", ()):
+            values = [base64.b64decode(v) for v in values]
         array = np.array([v.encode() if isinstance(v, str) else v for v in values], ARRAYS[kind])
         inputs.append(triton.InferInput(name, list(array.shape), kind))
         inputs[-1].set_data_from_numpy(array)

@@ -132,7 +132,7 @@ class Front:
     def __init__(self, folder, monkeypatch):
         self.folder, self.metrics = folder, {}
         monkeypatch.setitem(sys.modules, "triton_python_backend_utils", toy_triton(self.metrics))
-        for name in ("wire.py", "triton/model.py"):
+        for name in ("wire.py", "triton/request_tensors.py", "triton/model.py"):
             shutil.copy(SERVING / name, folder)
         program = folder / "engine"
         program.write_text(ENGINE.format(python=sys.executable, folder=str(folder), answer=ANSWER))
@@ -234,7 +234,7 @@ def test_what_cannot_be_read_or_sent_fails_alone(front, monkeypatch):
     failed = f"internal: {front.module.FAILED}"
     assert front.ask("odd").ended() == [failed]
     with monkeypatch.context() as broken:
-        broken.setattr(front.model, "_read", lambda request: {}["missing"])
+        broken.setattr(front.module, "read", lambda request, engine: {}["missing"])
         assert front.ask("a").ended() == [failed]
     assert front.ask("a").ended() == [["x"]]
     assert front.model._live == {}

@@ -49,7 +49,7 @@ class ToySession:
 
     def __init__(self, max_batch_size=3, max_seq_len=48, chunk=4):
         self.max_batch_size, self.max_seq_len, self.vocab_size = max_batch_size, max_seq_len, VOCABULARY
-        self.config = SimpleNamespace(limits=SimpleNamespace(prefill_chunk=chunk))
+        self.config = SimpleNamespace(limits=SimpleNamespace(prefill_chunk=chunk), vision=None)
         self.rows_run = 0
 
     def new_state(self, batch_size):

@@ -29,9 +29,9 @@ _LONGEST_CLIENT = 128  # characters of a client's name that count
 T = TypeVar("T")
 
 
-def create_app(triton: str, metrics: str, model: str, family: str = "text-01") -> FastAPI:
+def create_app(triton: str, metrics: str, model: str, family: str = "text-01", images: bool = False) -> FastAPI:
     """`triton`: base address of its HTTP port; `metrics`: address of its metrics; `model`: name of the one model;
-    `family`: which published model it is one of, which decides the chat's text.
+    `family`: which published model it is one of, which decides the chat's text; `images`: whether the engine takes any.
     """
     started = int(time.time())
     client = httpx.AsyncClient(base_url=triton, timeout=None, limits=httpx.Limits(max_connections=None))
@@ -119,7 +119,7 @@ def create_app(triton: str, metrics: str, model: str, family: str = "text-01") -
         named = {"request_id": request.state.request_id}
         if who := _client(request, body):
             named["client_id"] = who
-        asked = [tensors | named for tensors in body.requests(family)]
+        asked = [tensors | named for tensors in body.requests(family, images)]
         choices = [make(index) for index in range(len(asked) * body.answers)]
         answers = await _unless_left(request, _ask_all(client, model, asked))
         merged = _merge(answers, body.answers)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mxcompile.chat import render
 from mxcompile.errors import MxcompileError
+from mxcompile.serving.openai.content import plain_messages, refuse_images
 from mxcompile.serving.openai.tools import ToolUse, conversation, tool_use
 
 NO_LIMIT = 2**31 - 1  # the engine stops at its own length
@@ -97,8 +98,10 @@ class Common(BaseModel):
         """Answers to each prompt."""
         return self.n or 1
 
-    def requests(self, family: str) -> list[dict[str, Any]]:
-        """The fields of Triton's generate request for each prompt; `family` of the model as its configuration has it."""
+    def requests(self, family: str, images: bool) -> list[dict[str, Any]]:
+        """The fields of Triton's generate request for each prompt. `family` of the model as its configuration has it; `images`:
+        whether the engine takes any.
+        """
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
@@ -138,16 +141,22 @@ class ChatBody(Common):
         """What is said of tools."""
         return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls, family)
 
-    def requests(self, family: str) -> list[dict[str, Any]]:
+    def requests(self, family: str, images: bool) -> list[dict[str, Any]]:
         """One request, with the conversation as the model was trained on it."""
         tools = self.tool_use(family)
-        text = render(conversation(self.messages, family), tools.definitions, family=family)
+        messages, shown = self.messages, list[str]()
+        if images:
+            messages, shown = plain_messages(messages)
+        else:
+            refuse_images(messages)
+        text = render(conversation(messages, family), tools.definitions, family=family)
         values = self.settings() | {
             "text_input": text + tools.forced,
             "max_tokens": self.max_completion_tokens or self.max_tokens or NO_LIMIT,
         }
         if self.top_logprobs is not None and not self.logprobs:
             raise MxcompileError("top_logprobs: needs logprobs: true")
+        values |= {"images": shown} if shown else {}
         return [values | ({"top_log_probs": self.top_logprobs or 0} if self.logprobs else {})]
 
 
@@ -161,7 +170,7 @@ class CompletionBody(Common):
     session_id: str | None = None
     session_start: bool = False
 
-    def requests(self, family: str) -> list[dict[str, Any]]:
+    def requests(self, family: str, images: bool) -> list[dict[str, Any]]:
         """A request for each prompt."""
         prompts: list[Any] = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
         if prompts and isinstance(prompts[0], int):

@@ -23,7 +23,15 @@ class FrontServer:
     """Serves inside a with block; leaving it lets running requests end."""
 
     def __init__(
-        self, host: str, port: int, triton: str, metrics: str, model: str, drain_s: int, family: str = "text-01"
+        self,
+        host: str,
+        port: int,
+        triton: str,
+        metrics: str,
+        model: str,
+        drain_s: int,
+        family: str = "text-01",
+        images: bool = False,
     ) -> None:
         """`drain_s`: seconds that running requests have to end. Raises EnvironmentProblem when the port is taken."""
         self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -34,7 +42,9 @@ class FrontServer:
             self._socket.close()
             raise EnvironmentProblem(f"{host}:{port} cannot be listened on: {error.strerror}") from error
         config = uvicorn.Config(
-            create_app(triton, metrics, model, family), log_level="warning", timeout_graceful_shutdown=max(drain_s, 1)
+            create_app(triton, metrics, model, family, images),
+            log_level="warning",
+            timeout_graceful_shutdown=max(drain_s, 1),
         )
         self._server = uvicorn.Server(config)
         if not logger.handlers:

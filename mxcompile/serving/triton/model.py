@@ -17,6 +17,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from request_tensors import Refused, read
 from wire import Wire
 
 # Names in pb_utils.TritonError, which exists only once the model is initialized.
@@ -27,25 +28,6 @@ CODES = {
     "cancelled": "CANCELLED",
     "internal": "INTERNAL",
 }
-SCALARS = {
-    "stream": bool,
-    "max_tokens": int,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "repetition_penalty": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "seed": int,
-    "end_id": int,
-    "return_log_probs": bool,
-    "top_log_probs": int,
-    "prompt_log_probs": bool,
-    "n": int,
-    "echo": bool,
-    "session_start": bool,
-}
-TEXTS = ("text_input", "session_id", "client_id", "request_id")
 POLL_CANCELLED_S = 0.05
 POLL_EACH_S = 0.002  # asking takes a thirtieth of this, in which no token leaves
 START_LIMIT_S = 600.0
@@ -56,10 +38,6 @@ LONGEST_PAUSE_S = 30.0
 SERVERS_OWN = ("PYTHONHOME", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 FAILED = "the server failed on this request; its log says why"
 READY, RESTARTS = ("engine_ready", ()), ("engine_restarts_total", ())
-
-
-class Refused(Exception):
-    """A request that cannot be understood."""
 
 
 class TritonPythonModel:
@@ -91,7 +69,7 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             number = None
             try:
-                message = self._read(request)
+                message = read(request, self._engine)
                 with self._lock:
                     wire = self._wire
                     if wire is None:
@@ -273,38 +251,6 @@ class TritonPythonModel:
         except OSError:
             pass  # it ends with the process
 
-    def _read(self, request):
-        """A request's tensors as plain values; parameters that are no inputs are refused, not ignored."""
-        unknown = sorted(json.loads(request.parameters() or "{}"))
-        if unknown:
-            raise Refused(f"unknown field {unknown[0]!r}; known are the inputs in this model's config")
-        message: dict = {}
-        for tensor in request.inputs():
-            name, array = tensor.name(), tensor.as_numpy()
-            if name == "input_ids":
-                message[name] = [int(token) for token in array.reshape(-1)]
-            elif name == "stop_words":
-                message[name] = [text(name, value) for value in array.reshape(-1)]
-            elif array.size != 1:
-                raise Refused(f"{name} must hold one value, not {array.size}")
-            elif name in TEXTS:
-                message[name] = text(name, array.reshape(-1)[0])
-            else:
-                value = array.reshape(-1)[0]
-                # The shortest decimal of a float32: 0.7 means 0.7, as it does on the command line.
-                message[name] = float(str(value)) if SCALARS[name] is float else SCALARS[name](value)
-        if request.request_id():
-            message.setdefault("request_id", request.request_id())
-        if request.correlation_id():
-            message.setdefault("client_id", f"correlation id {request.correlation_id()}")
-        longest = self._engine["max_text_bytes"]
-        size = max(len(message.get("text_input", "")), len(message.get("input_ids", ())))
-        if size > longest:
-            unit = "characters" if "text_input" in message else "tokens"
-            held = self._engine["max_seq_len"]
-            raise Refused(f"the prompt is too long: it has {size} {unit}, and the engine holds at most {held} tokens")
-        return message
-
 
 class Metrics:
     """The engine process's numbers among Triton's own."""
@@ -367,14 +313,6 @@ def fail(sender, kind, message):
         )
     except Exception as problem:
         pb_utils.Logger.log_warn(f"an error could not be sent: {problem}")
-
-
-def text(name, value):
-    """UTF-8 bytes to text."""
-    try:
-        return value.decode() if isinstance(value, bytes) else str(value)
-    except UnicodeDecodeError as error:
-        raise Refused(f"{name} is not UTF-8 (byte {error.start})") from error
 
 
 def stop(process):

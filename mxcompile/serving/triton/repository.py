@@ -19,10 +19,22 @@ from mxcompile.serving.worker import Settings
 VERSION = "1"
 _MARK = ".mxcompile-repository"  # what `force` may replace
 
+COPIED = (
+    ("triton/model.py", "model.py"),
+    ("triton/request_tensors.py", "request_tensors.py"),
+    ("wire.py", "wire.py"),
+)
+
 # name, type, dims, what it is
 INPUTS = (
     ("text_input", "TYPE_STRING", 1, "The prompt as text; give this or input_ids."),
     ("input_ids", "TYPE_INT32", -1, "The prompt as token ids."),
+    (
+        "images",
+        "TYPE_STRING",
+        -1,
+        "PNG, JPEG or WebP files for the <image> marks in the prompt; as bytes or in base64.",
+    ),
     ("max_tokens", "TYPE_INT32", 1, "Tokens to generate at most. Default 128."),
     ("stream", "TYPE_BOOL", 1, "One response per token instead of one at the end. Default false."),
     ("temperature", "TYPE_FP32", 1, "0 takes the likeliest token (default); above 0, tokens are drawn."),
@@ -95,7 +107,7 @@ def write_repository(
             version = partial / name / VERSION
             version.mkdir(parents=True)
             (partial / _MARK).write_text("")
-            for source, target in (("triton/model.py", "model.py"), ("wire.py", "wire.py")):
+            for source, target in COPIED:
                 (version / target).write_text(_source(source))
             if link:
                 (version / "engine").symlink_to(engine.resolve())
