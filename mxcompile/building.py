@@ -39,6 +39,9 @@ TARGET_DTYPES = {
 the contributed operators (LinearAttention, MoE beside an fp32 router) take fp32, our TensorRT plugins the 16-bit types.
 """
 
+CUDA_DTYPES = ("float32", "bfloat16", "float16")
+"""The same for ONNX Runtime's CUDA provider."""
+
 QUANTIZATIONS = ("int8",)
 WHOLE_QUANTIZATIONS = ("int8", "int4")
 
@@ -59,6 +62,7 @@ class BuildSummary:
     seconds: dict[str, float]  # by stage
     peak_memory: int  # most resident memory of this process so far
     skipped: bool = False  # nothing was done: the engine that is there was built from the same things
+    on_cpu: list[str] | None = None  # of an engine for ONNX Runtime's CUDA provider: operators that have no kernel there
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -117,10 +121,10 @@ def build(
         libraries, 1 when the finished engine computes something that is not finite.
     """
     check_choice("target", target, tuple(TARGET_DTYPES))
-    dtype = TARGET_DTYPES[target][0] if dtype is None else dtype
+    known = CUDA_DTYPES if target == "onnxruntime" and device == "cuda" else TARGET_DTYPES[target]
+    dtype = known[0] if dtype is None else dtype
     check_choice("dtype", dtype, DTYPES)
-    if dtype not in TARGET_DTYPES[target]:
-        known = TARGET_DTYPES[target]
+    if dtype not in known:
         raise MxcompileError(f"the target {target} runs {', '.join(known)}, not {dtype}; build with --dtype {known[0]}")
     if build_jobs is not None and build_jobs < 1:
         raise MxcompileError(f"--build-jobs is a number of ranks to build at a time, at least 1, not {build_jobs}")
@@ -132,6 +136,8 @@ def build(
         raise MxcompileError(
             "--device is for engines of one rank for onnxruntime; --gpu says what a TensorRT engine is for"
         )
+    if device != "cpu" and quantize_experts is not None:
+        raise MxcompileError("--quantize-experts for onnxruntime is for the CPU; leave --device out")
     if target != "onnxruntime":
         if cp_size != 1:
             raise MxcompileError(f"the target {target} does not split prompts over ranks; leave --cp-size out")
@@ -197,6 +203,7 @@ def build(
             mxcompile_version=__version__,
             versions=_versions(),
             mapping=EngineMapping(**dataclasses.asdict(plan.mapping)),
+            device=device,
         )
         if not several:
             error = None if how is None else quantize_graph(model, how)
@@ -242,6 +249,7 @@ def build(
         referenced_bytes=referenced,
         seconds={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
         peak_memory=peak_memory(),
+        on_cpu=engine.options.get("on_cpu"),
     )
 
 

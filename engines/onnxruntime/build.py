@@ -17,12 +17,14 @@ from engines.config import Checkpoint, EngineConfig, Limits, Mapping, RankFiles
 from engines.contract import port, states
 from engines.directory import EngineFiles
 from engines.errors import EngineError
-from engines.onnxruntime.lowering import GroupExperts, lower, lower_expert_ranges
+from engines.onnxruntime.kernels import without_kernel
+from engines.onnxruntime.lowering import GroupExperts, lower, lower_expert_ranges, lower_for_cuda
 from engines.placing import Progress, place_weights
 
 TARGET = "onnxruntime"
 # Types of weights that ONNX Runtime's CPU kernels take.
 DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
+CUDA_DTYPES = (*DTYPES, "bfloat16")
 DEFAULT_PREFILL_CHUNK = 512
 
 
@@ -42,6 +44,7 @@ class BuildRequest:
     rank: int = 0
     mxcompile_version: str = "unknown"
     versions: dict[str, str] = field(default_factory=dict)
+    device: str = "cpu"  # or "cuda"
 
 
 def build(
@@ -58,19 +61,33 @@ def build(
         if getattr(request, name) < 1:
             raise EngineError(f"{name} must be at least 1, not {getattr(request, name)}")
     report("lower", 0, 1)
+    cuda = request.device == "cuda"
     try:
-        lower(model)
+        (lower_for_cuda if cuda else lower)(model)
     except (ValueError, ir.passes.PassError) as error:
         raise EngineError(f"the graph cannot be lowered to ONNX Runtime: {error.__cause__ or error}") from error
     report("lower", 1, 1)
     graph_name, weights_name = f"rank{request.rank}.onnx", f"rank{request.rank}.weights.json"
     data_name = f"rank{request.rank}.weights.bin"
     manifest = place_weights(
-        model, writer, data_name, request.checkpoint, report, dtype_of=weight_dtype, own_copy=_may_be_folded
+        model,
+        writer,
+        data_name,
+        request.checkpoint,
+        report,
+        dtype_of=cuda_weight_dtype if cuda else weight_dtype,
+        own_copy=_may_be_folded,
     )
     missing = [tap for tap in request.taps if tap not in {out.name for node in model.graph for out in node.outputs}]
     if missing:
         raise EngineError(f"the graph has no value {missing[0]!r} to tap")
+    if cuda:
+        if request.mapping.tp_size * request.mapping.cp_size > 1:
+            raise EngineError("engines for CUDA have one rank")
+        write_graph(writer, graph_name, model)
+        writer.write(weights_name, manifest.to_json())
+        options = {"device": "cuda", "capacity": request.max_seq_len + 1, "on_cpu": without_kernel(model)}
+        return replace(_config(model, request, graph_name, weights_name, None), options=options)
     group = GroupExperts()
     grouped = ir.from_proto(ir.to_proto(model))
     prefill_name = f"rank{request.rank}.prefill.onnx" if group(grouped).modified else None
@@ -80,6 +97,12 @@ def build(
     if prefill_name is not None:
         write_graph(writer, prefill_name, grouped)
     writer.write(weights_name, replace(manifest, parts=group.parts).to_json())
+    return _config(model, request, graph_name, weights_name, prefill_name)
+
+
+def _config(
+    model: ir.Model, request: BuildRequest, graph_name: str, weights_name: str, prefill_name: str | None
+) -> EngineConfig:
     return EngineConfig(
         mxcompile_version=request.mxcompile_version,
         target=TARGET,
@@ -104,6 +127,12 @@ def weight_dtype(name: str, tensor: Any) -> str:
     if dtype not in DTYPES:
         raise EngineError(f"weight {name} is {dtype}, which ONNX Runtime's CPU kernels do not take; build with float32")
     return dtype
+
+
+def cuda_weight_dtype(name: str, tensor: Any) -> str:
+    """The same for the CUDA provider, which also takes bfloat16."""
+    dtype = tensor.dtype.numpy().name
+    return dtype if dtype in CUDA_DTYPES else weight_dtype(name, tensor)
 
 
 def _may_be_folded(value: ir.Value) -> bool:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import importlib.util
+from pathlib import Path
+from typing import Any
+
 import onnxruntime as ort
 
 from engines.errors import ENVIRONMENT, EngineError
@@ -11,7 +17,21 @@ DEVICES = (CPU, CUDA)
 _CUDA_PROVIDER, _CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
-def providers(device: str) -> list[str]:
+# In the order in which they need one another; the last three are for operators that our graphs have not.
+_LIBRARIES = (
+    "libcudart.so.1*",
+    "libcublasLt.so.1*",
+    "libcublas.so.1*",
+    "libcurand.so.10",
+    "libnvrtc.so.1*",
+    "libcufft.so.1*",
+    "libcudnn.so.9",
+)
+# TF32 would round float32 products to 10 bits. The memory pool grows by what is asked for, not by powers of two.
+CUDA_OPTIONS = {"device_id": "0", "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+
+
+def providers(device: str) -> list[Any]:
     """The providers to open a graph with, the wanted one first. Operators that CUDA has no kernel for run on the CPU.
 
     EngineError: unknown device; with exit code 3 where this ONNX Runtime has no CUDA provider.
@@ -25,7 +45,20 @@ def providers(device: str) -> list[str]:
             f"onnxruntime {ort.__version__} here has no CUDA provider; install onnxruntime-gpu in its place, or build with --device cpu",
             exit_code=ENVIRONMENT,
         )
-    return [_CUDA_PROVIDER, _CPU_PROVIDER]
+    preload()
+    return [(_CUDA_PROVIDER, dict(CUDA_OPTIONS)), _CPU_PROVIDER]
+
+
+def preload() -> None:
+    """Load the CUDA libraries of NVIDIA's Python packages, if they are installed: the provider finds loaded ones by their names, wherever
+    they and onnxruntime lie. ONNX Runtime's own `preload_dlls` looks only beside itself, and prints what it does not find.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    for name in _LIBRARIES:
+        for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+            for path in sorted(Path(folder).glob(f"*/lib/{name}")):
+                with contextlib.suppress(OSError):  # the provider says what it lacks
+                    ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
 def check_started(session: ort.InferenceSession, device: str) -> None:

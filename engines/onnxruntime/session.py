@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import onnxruntime as ort
@@ -22,16 +22,20 @@ from engines.errors import ENVIRONMENT, EngineError
 from engines.interface import State, StepResult
 from engines.onnxruntime.devices import CPU, check_started, providers
 from engines.onnxruntime.state import OrtState
-from engines.onnxruntime.vision import OrtTower, Steps, image_width
+from engines.onnxruntime.vision import OrtTower, image_width
 from engines.plan import Run
 from engines.ragged import RaggedSession
 from engines.vision.layout import check_half
 from engines.vision.pixels import PreparedImage
 from engines.weights import map_weights
 
+if TYPE_CHECKING:
+    from engines.onnxruntime.cuda import DeviceState
+
 MINIMUM_ORT = (1, 31)
 PREFILL_GRAPH_FROM = 8  # tokens of a run (rows times tokens) from which the prefill graph is faster
 QUANTIZED_PREFILL_FROM = 32  # the same where experts are quantized by blocks: QMoE is fast for more tokens than MoE
+_TAP = "float32."  # begins the name of a tapped 16-bit value as float32
 Verify = Literal["quick", "full"]
 
 
@@ -107,9 +111,16 @@ class OrtSession(RaggedSession):
         self._config = config
         self._graph = graph
         self._threads = threads or len(os.sched_getaffinity(0))
+        self._wanted = str(config.options.get("device", CPU))
+        self._device = self._open_device() if self._wanted != CPU else None
         # ONNX Runtime uses these bytes where they lie, so they live as long as the session.
-        self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
-        self._arrays = weights
+        if self._device is None:
+            self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
+            self._arrays = weights
+        else:
+            from engines.onnxruntime.cuda import upload
+
+            self._weights = {name: upload(self._device, array) for name, array in weights.items()}
         self._prepack = prepack
         self._pairs = [(spec.past, spec.present) for spec in config.states]
         self._session = self._open(str(graph), prepack)
@@ -119,8 +130,19 @@ class OrtSession(RaggedSession):
         self._vision_weights = vision_weights
         self._tower: OrtTower | None = None
 
-    def new_state(self, batch_size: int) -> OrtState:
-        return OrtState(self._config, checks.batch_within(batch_size, self.max_batch_size))
+    def _open_device(self) -> Any:
+        from engines.onnxruntime.cuda import open_device
+
+        providers(self._wanted)  # says what is missing before anything is copied
+        return open_device()
+
+    def new_state(self, batch_size: int) -> OrtState | DeviceState:
+        batch_size = checks.batch_within(batch_size, self.max_batch_size)
+        if self._device is None:
+            return OrtState(self._config, batch_size)
+        from engines.onnxruntime.cuda import DeviceState
+
+        return DeviceState(self._config, self._device, batch_size)
 
     def decode(self, tokens_B: np.ndarray | Sequence[int], state: State) -> np.ndarray:
         state = self._own(state)
@@ -144,27 +166,20 @@ class OrtSession(RaggedSession):
     def image_features(self, images: Sequence[PreparedImage]) -> np.ndarray:
         """What the images put into a prompt, one after the other, float32 [tokens, D]; `State.place_images` takes it.
 
-        The vision graph is opened on the first call, also for no images. Raises EngineError when the engine has none.
+        The vision graph is opened on the first call. Raises EngineError when the engine has none.
         """
-        return self._opened_tower().features(images)
-
-    def image_steps(self, image: PreparedImage) -> Steps:
-        """`image_features` of one image in steps, of which each runs the vision graph once, on a few tiles."""
-        return self._opened_tower().steps(image)
-
-    def _opened_tower(self) -> OrtTower:
         vision = self._config.vision
         if vision is None or self._vision_weights is None or self._image_width is None:
             raise EngineError("this engine has no vision half and takes no images")
         if self._tower is None:
-            device = str(self._config.options.get("device", CPU))
             folder, weights = self._graph.parent, self._vision_weights()
-            self._tower = OrtTower(folder, vision, weights, self._image_width, threads=self._threads, device=device)
-        return self._tower
+            # On the CPU also beside a text model on a GPU: its weights are in host memory, and its result goes there anyway.
+            self._tower = OrtTower(folder, vision, weights, self._image_width, threads=self._threads, device=CPU)
+        return self._tower.features(images)
 
-    def _own(self, state: State) -> OrtState:
-        checks.own(isinstance(state, OrtState) and state.config is self._config)
-        return cast(OrtState, state)
+    def _own(self, state: State) -> OrtState | DeviceState:
+        checks.own(hasattr(state, "steps") and getattr(state, "config", None) is self._config)
+        return cast("OrtState | DeviceState", state)
 
     def _step(
         self,
@@ -172,7 +187,7 @@ class OrtSession(RaggedSession):
         ids_BT: np.ndarray,
         new_B: np.ndarray,
         wanted_RP: np.ndarray,
-        state: OrtState,
+        state: Any,
         taps: bool = False,
     ) -> StepResult:
         """One run of the graph over rows of one length class; advances the state."""
@@ -202,8 +217,8 @@ class OrtSession(RaggedSession):
         else:
             binding.bind_output("logits", "cpu")
         for name in names:
-            binding.bind_output(name, "cpu")
-        _run(session, binding)
+            binding.bind_output(name if self._config.dtype == "float32" else _TAP + name, "cpu")
+        self._run(session, binding)
         state.advance(rows, new_R)
         found = binding.get_outputs()[-len(names) :] if names else []
         return StepResult(logits_RPN, {n: v.numpy() for n, v in zip(names, found, strict=True)})
@@ -214,28 +229,40 @@ class OrtSession(RaggedSession):
         return self._prefill_session if rows * tokens >= start else self._session
 
     def _bind(
-        self, session: ort.InferenceSession, feeds: dict[str, np.ndarray], state: OrtState, rows: tuple[int, int]
+        self,
+        session: ort.InferenceSession,
+        feeds: dict[str, np.ndarray],
+        state: OrtState | DeviceState,
+        rows: tuple[int, int],
     ) -> ort.IOBinding:
         """Bind feeds, and each state's buffer as both its input and its output."""
         binding = session.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
-        values = state.values(rows)
-        for past, present in self._pairs:
-            binding.bind_ortvalue_input(past, values[past])
-            binding.bind_ortvalue_output(present, values[past])
+        if isinstance(state, OrtState):
+            values = state.values(rows)
+            for past, present in self._pairs:
+                binding.bind_ortvalue_input(past, values[past])
+                binding.bind_ortvalue_output(present, values[past])
+            return binding
+        state.bind(binding, rows)
         return binding
 
-    def _single_step(self, state: OrtState, rows: tuple[int, int]) -> _SingleStep:
+    def _run(self, session: ort.InferenceSession, binding: ort.IOBinding) -> None:
+        if self._device is not None:
+            self._device.synchronize()
+        _run(session, binding)
+
+    def _single_step(self, state: OrtState | DeviceState, rows: tuple[int, int]) -> _SingleStep:
         step = state.steps.get(rows)
         if not isinstance(step, _SingleStep):
             step = state.steps[rows] = _SingleStep(self, state, rows)
         return step
 
-    def _run_single(self, step: _SingleStep, state: OrtState) -> np.ndarray:
+    def _run_single(self, step: _SingleStep, state: OrtState | DeviceState) -> np.ndarray:
         """Run a prepared single-token step; its logits buffer [R, 1, N] is overwritten by the next one."""
         step.past_R[:] = state.lengths[slice(*step.rows)]
-        _run(step.session, step.binding)
+        self._run(step.session, step.binding)
         state.advance(step.rows, step.new_R)
         return step.logits_RPN
 
@@ -251,14 +278,12 @@ class OrtSession(RaggedSession):
             options.add_session_config_entry(key, str(self._graph.parent.resolve()))
         for name, value in self._weights.items():
             options.add_initializer(name, value)
-        device = str(self._config.options.get("device", CPU))
-        wanted = providers(device)
         try:
-            session = ort.InferenceSession(model, options, providers=wanted)
+            session = ort.InferenceSession(model, options, providers=providers(self._wanted))
         except Exception as error:
             text = str(error).splitlines()[0]
             raise EngineError(f"{self._graph}: ONNX Runtime cannot load it: {text}", exit_code=ENVIRONMENT) from error
-        check_started(session, device)
+        check_started(session, self._wanted)
         return session
 
     @property
@@ -273,6 +298,11 @@ class OrtSession(RaggedSession):
 
             model = onnx.load(str(self._graph), load_external_data=False)
             for name in self._config.taps:
+                if self._config.dtype != "float32":
+                    model.graph.node.append(
+                        onnx.helper.make_node("Cast", [name], [_TAP + name], to=onnx.TensorProto.FLOAT)
+                    )
+                    name = _TAP + name
                 model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
             self._tap_session = self._open(model.SerializeToString(), self._tap_prepack)
         return self._tap_session
@@ -281,7 +311,7 @@ class OrtSession(RaggedSession):
 class _SingleStep:
     """Everything bound for one token on each of some rows; only numbers in its buffers change between steps."""
 
-    def __init__(self, owner: OrtSession, state: OrtState, rows: tuple[int, int]) -> None:
+    def __init__(self, owner: OrtSession, state: OrtState | DeviceState, rows: tuple[int, int]) -> None:
         count = rows[1] - rows[0]
         self.rows = rows
         self.ids_RT = np.zeros((count, 1), np.int64)

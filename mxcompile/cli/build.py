@@ -99,5 +99,11 @@ def command(checkpoint: Path, output: Path, as_json: bool, verbose: bool, **opti
             + ", ".join(f"{name} {seconds:.1f}" for name, seconds in summary.seconds.items())
             + ")",
             "peak memory": bytes_text(summary.peak_memory),
-        },
+        }
+        | ({} if summary.on_cpu is None else {"on the CPU": _on_cpu(summary.on_cpu)}),
     )
+
+
+def _on_cpu(operators: list[str]) -> str:
+    """What of an engine for CUDA runs on the CPU, after the table of kernels."""
+    return f"{', '.join(operators)}: no CUDA kernels" if operators else "nothing: all operators have CUDA kernels"

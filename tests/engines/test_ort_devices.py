@@ -12,7 +12,7 @@ import pytest
 
 from engines.errors import EngineError
 from engines.onnxruntime.devices import check_started, providers
-from mxcompile.building import build
+from mxcompile.building import CUDA_DTYPES, build
 from mxcompile.checkpoints import create_checkpoint
 from mxcompile.errors import MxcompileError
 
@@ -39,7 +39,9 @@ def test_a_device_is_for_one_rank_of_onnxruntime(tmp_path: Path, options: dict[s
 
 def test_the_wanted_provider_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    assert providers("cuda") == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    (cuda, options), cpu = providers("cuda")
+    assert (cuda, cpu) == ("CUDAExecutionProvider", "CPUExecutionProvider")
+    assert options["use_tf32"] == "0"  # else float32 products have 10 bits
     assert providers("cpu") == ["CPUExecutionProvider"]
     with pytest.raises(EngineError, match="unknown device 'tpu'"):
         providers("tpu")
@@ -58,11 +60,12 @@ def test_a_provider_that_did_not_start_is_no_fallback() -> None:
 
 
 @pytest.mark.gpu
-def test_the_engine_equals_pytorch_on_cuda(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+def test_the_engine_equals_pytorch_on_cuda(tmp_path: Path, dtype: str) -> None:
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         pytest.skip("this onnxruntime has no CUDA provider; install onnxruntime-gpu")
     create_checkpoint("tiny", tmp_path / "tiny")
-    build(tmp_path / "tiny", tmp_path / "e", device="cuda", max_seq_len=1024)
+    build(tmp_path / "tiny", tmp_path / "e", device="cuda", dtype=dtype, max_seq_len=1024)
     command = [sys.executable, "-m", "mxcompile", "validate", tmp_path / "e", "--against", tmp_path / "tiny", "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""From the canonical graph to one that ONNX Runtime's CPU provider runs fast; one pass per file.
+"""From the canonical graph to one that ONNX Runtime's CPU provider runs fast, or to one that its CUDA provider runs; one pass per file.
 
 Each pass leaves a graph that ONNX Runtime could run with the same results. Choices rest on the measurements in
 `docs/lowering-onnxruntime.md`.
@@ -17,6 +17,8 @@ from onnx_ir.passes.common import (
 from engines.onnxruntime.lowering.attention import LowerAttention
 from engines.onnxruntime.lowering.collectives import LowerCollectives
 from engines.onnxruntime.lowering.context_attention import LowerContextAttention
+from engines.onnxruntime.lowering.cuda_attention import LowerCudaAttention
+from engines.onnxruntime.lowering.cuda_routing import LowerCudaRouting
 from engines.onnxruntime.lowering.expert_range import LowerExpertRange
 from engines.onnxruntime.lowering.experts import GroupExperts
 from engines.onnxruntime.lowering.linear import LowerLinear
@@ -28,12 +30,15 @@ __all__ = [
     "LowerAttention",
     "LowerCollectives",
     "LowerContextAttention",
+    "LowerCudaAttention",
+    "LowerCudaRouting",
     "LowerExpertRange",
     "LowerLinear",
     "LowerLinearAttention",
     "LowerOpset",
     "lower",
     "lower_expert_ranges",
+    "lower_for_cuda",
 ]
 
 
@@ -49,6 +54,25 @@ def lower(model: ir.Model) -> ir.Model:
         LowerLinearAttention(),
         LowerLinear(),
         LowerCollectives(),
+        LowerOpset(),
+        CommonSubexpressionEliminationPass(),
+        RemoveUnusedNodesPass(),
+        RemoveUnusedOpsetsPass(),
+    )
+    return passes(model).model
+
+
+def lower_for_cuda(model: ir.Model) -> ir.Model:
+    """Lower the graph of one rank in place for the CUDA provider and any number of tokens, and return it.
+
+    There MoE is a grouped product, good for many tokens too, so no second graph is made for prefill.
+    """
+    passes = ir.passes.Sequential(
+        IdentityEliminationPass(),
+        LowerCudaAttention(),
+        LowerLinearAttention(),
+        LowerCudaRouting(),
+        LowerLinear(),
         LowerOpset(),
         CommonSubexpressionEliminationPass(),
         RemoveUnusedNodesPass(),

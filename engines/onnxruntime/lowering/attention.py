@@ -44,7 +44,7 @@ class LowerAttention(ir.passes.InPlacePass):
         lengths: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         for node in list(model.graph):
             if node.op_type == "Attention" and node.domain == "" and not is_of_segment(node):
-                _lower(node, lengths)
+                to_group_query(node, lengths)
                 modified = True
         if modified:
             model.graph.opset_imports[CONTRIB] = 1
@@ -60,7 +60,8 @@ def is_of_segment(node: ir.Node) -> bool:
     return write is not None and begin is not None and write.inputs[2] in begin.inputs
 
 
-def _lower(node: ir.Node, lengths: dict[ir.Value, tuple[ir.Value, ir.Value]]) -> None:
+def to_group_query(node: ir.Node, lengths: dict[ir.Value, tuple[ir.Value, ir.Value]]) -> None:
+    """Put one group query node in the place of `node` and its cache writes; `lengths`: those already made, by the write index."""
     query, keys, values, total = node.inputs[0], node.inputs[1], node.inputs[2], _input(node, 6)
     key_write, value_write = produced_by(keys, "TensorScatter"), produced_by(values, "TensorScatter")
     if query is None or total is None or key_write is None or value_write is None:
