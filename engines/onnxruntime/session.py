@@ -22,7 +22,7 @@ from engines.errors import ENVIRONMENT, EngineError
 from engines.interface import State, StepResult
 from engines.onnxruntime.devices import CPU, check_started, providers
 from engines.onnxruntime.state import OrtState
-from engines.onnxruntime.vision import OrtTower, image_width
+from engines.onnxruntime.vision import OrtTower, Steps, image_width
 from engines.plan import Run
 from engines.ragged import RaggedSession
 from engines.vision.layout import check_half
@@ -166,8 +166,15 @@ class OrtSession(RaggedSession):
     def image_features(self, images: Sequence[PreparedImage]) -> np.ndarray:
         """What the images put into a prompt, one after the other, float32 [tokens, D]; `State.place_images` takes it.
 
-        The vision graph is opened on the first call. Raises EngineError when the engine has none.
+        The vision graph is opened on the first call, also for no images. Raises EngineError when the engine has none.
         """
+        return self._opened_tower().features(images)
+
+    def image_steps(self, image: PreparedImage) -> Steps:
+        """`image_features` of one image in steps, of which each runs the vision graph once, on a few tiles."""
+        return self._opened_tower().steps(image)
+
+    def _opened_tower(self) -> OrtTower:
         vision = self._config.vision
         if vision is None or self._vision_weights is None or self._image_width is None:
             raise EngineError("this engine has no vision half and takes no images")
@@ -175,7 +182,7 @@ class OrtSession(RaggedSession):
             folder, weights = self._graph.parent, self._vision_weights()
             # On the CPU also beside a text model on a GPU: its weights are in host memory, and its result goes there anyway.
             self._tower = OrtTower(folder, vision, weights, self._image_width, threads=self._threads, device=CPU)
-        return self._tower.features(images)
+        return self._tower
 
     def _own(self, state: State) -> OrtState | DeviceState:
         checks.own(hasattr(state, "steps") and getattr(state, "config", None) is self._config)
