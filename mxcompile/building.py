@@ -62,7 +62,7 @@ class BuildSummary:
     seconds: dict[str, float]  # by stage
     peak_memory: int  # most resident memory of this process so far
     skipped: bool = False  # nothing was done: the engine that is there was built from the same things
-    on_cpu: list[str] | None = None  # of an engine for ONNX Runtime's CUDA provider: operators that have no kernel there
+    on_cpu: list[str] | None = None  # of an engine for CUDA: operators that ONNX Runtime has no kernel for there
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
