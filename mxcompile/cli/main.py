@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -40,6 +42,7 @@ VERBS = {
 """Verb -> its help line. The module `mxcompile.cli.VERB` holds its `command`."""
 _SIGNALS = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}  # what each raises in the main thread
 _AGAIN_S = 0.02
+_ONCE_S = 5.0
 
 
 class LazyGroup(click.Group):
@@ -129,9 +132,14 @@ def _open_standard_streams() -> None:
 
 def _terminate_cleanly() -> None:
     """Let SIGTERM unwind like Ctrl-C, so that half-written output is removed."""
+    last = -math.inf
 
     def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
+        nonlocal last
+        now = time.monotonic()
+        if now - last > _ONCE_S:  # `timeout` sends two at once: the second must not end the tidying up after the first
+            last = now
+            raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, stop)
     before = sys.unraisablehook
@@ -140,6 +148,8 @@ def _terminate_cleanly() -> None:
         """Python drops what is raised in a destructor or in the callback of a weak reference, and torch has many: a signal
         that arrives there comes once more, a moment later.
         """
+        nonlocal last
+        last = -math.inf
         number = next((n for kind, n in _SIGNALS.items() if isinstance(dropped.exc_value, kind)), None)
         if number is None:
             before(dropped)

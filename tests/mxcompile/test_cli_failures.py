@@ -282,3 +282,26 @@ main.main([])
     assert done.returncode == code
     assert words in done.stderr
     assert ("Traceback" in done.stderr) == (code == 0)
+
+
+def test_a_second_signal_does_not_end_the_tidying_up_after_the_first():
+    """`timeout` sends SIGTERM to the command and then to its group."""
+    script = """
+import os, signal
+from mxcompile.cli import main
+def ask():
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(1000):
+        pass
+def run(arguments):
+    try:
+        ask()
+    finally:
+        ask()
+        print("tidy")
+main._run = run
+main.main([])
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment())
+    assert (done.returncode, done.stdout, done.stderr) == (143, "tidy\n", "")
