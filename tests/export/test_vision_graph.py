@@ -9,7 +9,8 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
-from test_canonical_graph import TOLERANCE, MoE, random_model, tiny_config
+from random_text_model import random_model
+from test_canonical_graph import TOLERANCE, MoE, tiny_config
 
 from export.errors import ExportError
 from export.trace import trace_model

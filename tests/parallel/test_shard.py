@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lockstep import Ranks
+from random_text_model import random_model
 
 from export.errors import ExportError
 from export.parallel.collective import register_schema
@@ -24,7 +25,6 @@ from export.trace import trace_model
 from export.verify import verify_with_onnx
 from model_defs.config import ModelConfig
 from model_defs.presets import preset
-from model_defs.text_model import TextModel
 
 # As for one rank against PyTorch: fp32 on both sides, sums in another order, logits of scale 4.
 TOLERANCE = 5e-5
@@ -41,15 +41,6 @@ def small_config(**changes: object) -> ModelConfig:
         layer_kinds=("lightning", "softmax", "lightning"),
     )
     return dataclasses.replace(preset("tiny"), **(sizes | changes))
-
-
-def random_model(config: ModelConfig, seed: int = 0) -> TextModel:
-    model = TextModel(config)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1.0
-        parameter.data = torch.randn(parameter.shape, generator=generator) * spread
-    return model
 
 
 def quiet_trace(config: ModelConfig, dtype: str = "float32") -> ir.Model:
