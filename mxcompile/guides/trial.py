@@ -13,10 +13,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +22,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
+from mxcompile.child import start_child
 from mxcompile.guides.guide import Guide, GuideError
 
 SECONDS = 2  # of processor time for one guide; a large schema takes a tenth
@@ -75,14 +74,7 @@ class Trial:
         if self._process is not None and self._process.poll() is not None:
             self.close()
         if self._process is None or self._connection is None:
-            ours, theirs = socket.socketpair()
-            command = [sys.executable, "-m", "mxcompile.guides.trial", str(theirs.fileno())]
-            one = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # nothing is multiplied there
-            with theirs:
-                self._process = subprocess.Popen(
-                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=os.environ | one
-                )
-            self._connection = Connection(ours.detach())
+            self._process, self._connection = start_child("mxcompile.guides.trial")
             self._connection.send_bytes(self._vocabulary)
         return self._connection, self._process
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
-import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,6 +16,7 @@ import numpy as np
 from engines.config import VisionHalf
 from engines.vision.layout import token_rows
 from engines.vision.pixels import PreparedImage
+from mxcompile.child import start_child
 from mxcompile.serving.images import PromptImage
 from mxcompile.serving.requests import RequestError
 
@@ -104,14 +102,7 @@ class ImageReader:
         if self._process is not None and self._process.poll() is not None:
             self._stop()
         if self._process is None or self._connection is None:
-            ours, theirs = socket.socketpair()
-            command = [sys.executable, "-m", "mxcompile.serving.image_process", str(theirs.fileno())]
-            one = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # nothing is multiplied there
-            with theirs:
-                self._process = subprocess.Popen(
-                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=os.environ | one
-                )
-            self._connection = Connection(ours.detach())
+            self._process, self._connection = start_child("mxcompile.serving.image_process")
             self._connection.send_bytes(json.dumps(asdict(self.vision)).encode())
         return self._connection, self._process
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from engines.generation import GenerationConfig
 from mxcompile.loading import LoadedEngine
+from mxcompile.serving.guided import read_bias, read_constraint
 from mxcompile.serving.images import from_base64, place_images
 from mxcompile.serving.relay import Relay, Send
 from mxcompile.serving.requests import MOST_ANSWERS, Request, RequestError
@@ -44,6 +45,8 @@ def read_request(
         stop_token_ids=engine.eos_token_ids if stops is None else tuple(stops),
         stop_strings=tuple(message.get("stop_words", ())),
         logprobs=top if top is not None else 0 if message.get("return_log_probs") else None,
+        logit_bias=read_bias(message),
+        constraint=read_constraint(message, engine),
     )
     scores = bool(message.get("prompt_log_probs"))
     if scores and top is None:

@@ -30,8 +30,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from engines.generation import GenerationError
-from engines.generation.generate import Detokenizer, Row, check_prompt
+from engines.generation import ConstraintError, GenerationError
+from engines.generation.generate import Detokenizer, Row, check_bias, check_prompt
 from engines.interface import RowSnapshot, Session
 from mxcompile.serving.cache import SessionStore, StateCache
 from mxcompile.serving.encoding import Encoding
@@ -202,6 +202,7 @@ class Scheduler:
             self._check_images(request)
         try:
             check_prompt(0, prompt, past, self._session.max_seq_len, self._session.vocab_size)
+            check_bias(request.config, self._session.vocab_size)
         except GenerationError as error:
             raise RequestError(str(error).replace("prompt 0", "the prompt")) from error
         if request.config.stop_strings and self._detokenizer is None:
@@ -338,7 +339,7 @@ class Scheduler:
         try:
             event = job.sequence.step(logits_N)
         except GenerationError as error:
-            self._fail(job.ticket, Failed("internal", str(error)))
+            self._fail(job.ticket, Failed("invalid" if isinstance(error, ConstraintError) else "internal", str(error)))
             return
         now = self._clock()
         if job.last_token:

@@ -26,6 +26,7 @@ from engines.interface import ImageSession
 from mxcompile.errors import MxcompileError
 from mxcompile.loading import LoadedEngine, load
 from mxcompile.serving.cache import MemoryBudget, SessionStore, StateCache
+from mxcompile.serving.guided import KIND, Compiling
 from mxcompile.serving.image_reader import ImageReader
 from mxcompile.serving.images import MOST_BYTES, NO_VISION
 from mxcompile.serving.messages import read_request
@@ -93,6 +94,7 @@ class Worker:
         self._lock = threading.Lock()
         self._leaving = threading.Lock()  # held while messages leave: those of one answer must keep their order
         self._draining = False
+        self._compiling = Compiling(self._generate, self._refuse, self._cancel)
         self._check_alive = getattr(engine.session, "check_alive", None)
 
     def _image_reader(self) -> ImageReader | None:
@@ -121,7 +123,7 @@ class Worker:
         threading.Thread(target=self._listen, daemon=True).start()
         reported = 0.0
         try:
-            while not (self._draining and self._scheduler.idle):
+            while not (self._draining and self._compiling.idle and self._scheduler.idle):
                 self._scheduler.wait(METRICS_EVERY_S / 2)
                 if self._scheduler.idle and self._check_alive is not None:
                     self._check_alive()  # before a client finds out
@@ -180,10 +182,12 @@ class Worker:
             while (messages := self._wire.receive()) is not None:
                 for message in messages:
                     match message["do"]:
+                        case "generate" if KIND in message:
+                            self._compiling.put(message)
                         case "generate":
                             self._generate(message)
-                        case "cancel" if (ticket := self._tickets.get(message["id"])) is not None:
-                            self._scheduler.cancel(ticket)
+                        case "cancel":
+                            self._cancel(message["id"])
                         case "drain":
                             self._draining = True
                             self._scheduler.drain()
@@ -195,8 +199,15 @@ class Worker:
             for ticket in list(self._tickets.values()):
                 self._scheduler.cancel(ticket)
 
+    def _cancel(self, number: int) -> None:
+        if not self._compiling.drop(number) and (ticket := self._tickets.get(number)) is not None:
+            self._scheduler.cancel(ticket)
+
+    def _refuse(self, message: dict[str, Any], kind: str, reason: str) -> None:
+        Relay(message["id"], self._emit, **_named(message)).refuse(kind, reason)
+
     def _generate(self, message: dict[str, Any]) -> None:
-        named = {"request_id": message.get("request_id", ""), "client": message.get("client_id", "")}
+        named = _named(message)
         relay = Relay(message["id"], self._emit, **named)
         try:
             relay, request = read_request(message, self._engine, self._emit, named)
@@ -218,6 +229,10 @@ class Worker:
                     self._tickets.pop(message["id"], None)
         if threading.current_thread() is not threading.main_thread():
             self._flush()  # a refusal: the scheduler may be asleep
+
+
+def _named(message: dict[str, Any]) -> dict[str, Any]:
+    return {"request_id": message.get("request_id", ""), "client": message.get("client_id", "")}
 
 
 @contextlib.contextmanager
@@ -254,6 +269,7 @@ def main() -> int:
         with _ends_with_front(connection):
             settings = Settings(**first[0])
             engine = load(settings.engine, threads=settings.threads, checkpoint=settings.checkpoint)
+            engine.guides.prepare()  # at the first guide, running answers would wait for that
             worker = Worker(engine, settings, wire)
     except Exception as error:  # whatever it is, the front must hear of it
         with contextlib.suppress(ConnectionError):

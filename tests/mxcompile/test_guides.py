@@ -10,13 +10,10 @@ from itertools import product
 import jsonschema
 import numpy as np
 import pytest
+import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.generation import GenerationConfig
-from engines.generation.generate import Row
-from model_defs.checkpoint.random_tokenizer import write_tokenizer
-from model_defs.presets import preset
 from mxcompile.errors import EnvironmentProblem, MxcompileError
 from mxcompile.guides import Guide, GuideError
 from mxcompile.guides.compiler import GuideCompiler
@@ -28,9 +25,7 @@ EOS, KNOWN, PADDED = 510, 512, 520
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(preset("tiny"), path)
-    return Tokenizer.find(path)
+    return random_model.tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +36,11 @@ def compiler(tokenizer):
     made.close()
 
 
-def written(compiler, tokenizer, guide, seed, most=400, **settings):
+def written(compiler, tokenizer, guide, seed, most=400, stop_token_ids=(EOS,), **settings):
     """What a model of random logits writes under a guide."""
-    config = GenerationConfig(
-        max_new_tokens=most, constraint=compiler.compile(guide), seed=seed, **({"stop_token_ids": (EOS,)} | settings)
+    return random_model.written(
+        compiler, tokenizer, guide, seed, size=PADDED, most=most, stop_token_ids=stop_token_ids, **settings
     )
-    row, random = Row(0, [1], config, PADDED, tokenizer.detokenizer()), np.random.default_rng(seed)
-    row.limit = most
-    while row.finish_reason is None:
-        row.step(3 * random.normal(size=PADDED))
-    return row.result(0.0)
 
 
 def schema(**keys):

@@ -13,6 +13,9 @@ import pytest
 from served import LIMIT_S, until
 
 from mxcompile.chat import render
+from mxcompile.guides import Guide
+from mxcompile.serving.openai.tool_grammar import tool_grammar
+from mxcompile.serving.openai.tools import ToolCalls, tool_use
 
 openai = pytest.importorskip("openai")
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What do you remember?"}]
@@ -70,7 +73,8 @@ def test_completions_equal_a_single_run(client, loaded, prompt):
         (dict(n=2, extra_body={"session_id": "s", "session_start": True}), 400, "a session goes on with one answer"),
         (dict(best_of=2), 400, "best_of: only 1"),
         (dict(suffix="end"), 400, "suffix: this model cannot fill in"),
-        (dict(logit_bias={"5": 1}), 400, "logit_bias: not supported here"),
+        (dict(logit_bias={"512": 1}), 400, "logit_bias has token 512, but the vocabulary is 0 to 511"),
+        (dict(logit_bias={"5": 101}), 400, "logit_bias.5: "),
         (dict(presence_penalty=3), 400, "presence_penalty: "),
         (dict(temperature=-1), 400, "temperature: "),
         (dict(prompt="x" * (17 << 20)), 413, "bytes"),
@@ -86,7 +90,6 @@ def test_errors_say_why(client, asked, status, message):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (dict(response_format={"type": "json_object"}), "response_format: only"),
         (dict(top_logprobs=2), "top_logprobs: needs logprobs"),
         (dict(tool_choice="auto"), "tool_choice: give tools"),
         (dict(tools=[{"type": "web_search"}]), "tools.0: must be"),
@@ -250,20 +253,22 @@ def test_echoed_prompts_have_logprobs_too(client, loaded, stream):
 
 
 def test_a_forced_call_names_its_function(client, loaded):
-    """Random weights write no JSON, so only the name, which the prompt forces, is known."""
     choice = {"type": "function", "function": {"name": "get_weather"}}
     said = ASKED[1:]
     asked = dict(model="mxcompile", messages=said, tools=TOOLS, tool_choice=choice, max_tokens=6, temperature=0)
     opening = "<function_call>```typescript\nfunctions.get_weather("
-    expected = loaded.generate(render(said, [TOOLS[0]["function"]]) + opening, max_new_tokens=6)
+    guide = Guide("grammar", tool_grammar(tool_use(TOOLS, choice, None), "text-01"))
+    expected = loaded.generate(render(said, [TOOLS[0]["function"]]) + opening, max_new_tokens=6, guide=guide)
     answer = client.chat.completions.create(**asked)
     (call,) = answer.choices[0].message.tool_calls
-    assert (call.type, call.function.name, call.function.arguments) == ("function", "get_weather", expected.text)
+    reader = ToolCalls(tool_use(TOOLS, choice, None))
+    wanted = [*reader.feed(expected.text)[1], *reader.finish()[1]][0]["function"]["arguments"]
+    assert (call.type, call.function.name, call.function.arguments) == ("function", "get_weather", wanted)
     assert answer.choices[0].message.content is None
     assert answer.usage.prompt_tokens == expected.prompt_tokens
     deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(**asked, stream=True)]
     (streamed,) = [call for delta in deltas for call in delta.tool_calls or []]
-    assert (streamed.index, streamed.function.name, streamed.function.arguments) == (0, "get_weather", expected.text)
+    assert (streamed.index, streamed.function.name, streamed.function.arguments) == (0, "get_weather", wanted)
     said = [*said, answer.choices[0].message.model_dump(exclude_none=True)]
     result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
     again = client.chat.completions.create(model="mxcompile", messages=[*said, result], tools=TOOLS, max_tokens=2)

@@ -120,8 +120,9 @@ def test_what_is_said_of_tools():
     assert tool_use(None, None, None) == ToolUse()
     assert tool_use(TOOLS, "none", None) == ToolUse()
     assert tool_use(TOOLS, None, None) == AUTO
-    with pytest.raises(MxcompileError, match="strict"):
-        tool_use([{"type": "function", "function": WEATHER | {"strict": True}}], None, None)
+    strict = [{"type": "function", "function": WEATHER | {"strict": True}}]
+    assert tool_use(strict, None, None) == ToolUse([WEATHER], strict=frozenset({"get_weather"}))
+    assert tool_use([{"type": "function", "function": WEATHER | {"strict": False}}], None, None) == AUTO
     for choice in ("always", {"type": "allowed_tools"}, {"type": "function"}):
         with pytest.raises(MxcompileError, match="tool_choice"):
             tool_use(TOOLS, choice, None)

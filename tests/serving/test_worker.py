@@ -11,11 +11,13 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from toy_session import ToySession
+from toy_session import VOCABULARY, ToySession
 
 from engines.errors import EngineError
-from engines.generation import TokenEvent
+from engines.generation import ConstraintError, TokenEvent
+from mxcompile.guides import GuideError
 from mxcompile.serving import wire, worker
 from mxcompile.serving.state_file import StateFileError
 from mxcompile.serving.wire import Wire
@@ -251,3 +253,54 @@ def test_an_engine_process_whose_front_ends_does_not_load_to_the_end():
     assert process.stdout.readline() == "loading\n"
     ours.close()
     assert process.wait(LIMIT_S) == 0
+
+
+def guided(number):
+    return {"guided_decoding_guide_type": "regex", "guided_decoding_guide": f"a{number}"}
+
+
+def test_a_guide_that_is_being_compiled_holds_up_nobody_and_is_waited_for_at_the_end(monkeypatch):
+    served, go_on = Served(monkeypatch, cache_bytes=0), threading.Event()
+
+    def compiled(guide):
+        assert go_on.wait(LIMIT_S)
+        raise GuideError(f"{guide.kind}: no {guide.text}")
+
+    monkeypatch.setattr(served.worker._engine, "guides", SimpleNamespace(compile=compiled), raising=False)
+    served.start()
+    served.ask(1, **guided(1))
+    served.ask(2, **guided(2))
+    served.ask(3)
+    assert [message["is"] for message in served.until(3)] == ["end"]
+    served.front.send([{"do": "cancel", "id": 2}, {"do": "drain"}])
+    assert [(message["id"], message["kind"]) for message in served.until(2)] == [(2, "cancelled")]
+    go_on.set()
+    (failed,) = served.until(1)
+    assert (failed["kind"], failed["message"]) == ("invalid", "regex: no a1")
+    served.ended()
+    assert served.raised is None
+
+
+def test_an_answer_that_can_no_longer_follow_its_guide_fails_alone(monkeypatch):
+    class Lost:
+        steps = 0
+
+        def allowed(self):
+            self.steps += 1
+            if self.steps == 3:
+                raise ConstraintError("the grammar is too much")
+            return np.ones(VOCABULARY, bool), True
+
+        def accept(self, token):
+            pass
+
+    served = Served(monkeypatch, cache_bytes=0)
+    made = SimpleNamespace(compile=lambda guide: Lost)
+    monkeypatch.setattr(served.worker._engine, "guides", made, raising=False)
+    served.start()
+    served.ask(1, stream=True, end_id=-1, **guided(1))
+    served.ask(2)
+    messages = served.until(1, 2)
+    assert [message["is"] for message in messages if message["id"] == 2] == ["end"]
+    (failed,) = (message for message in messages if message["is"] == "failed")
+    assert (failed["id"], failed["kind"], failed["message"]) == (1, "invalid", "the grammar is too much")

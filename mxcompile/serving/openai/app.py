@@ -22,6 +22,7 @@ from mxcompile.errors import MxcompileError
 from mxcompile.serving.openai.bodies import REASONS, ChatBody, Common, CompletionBody
 from mxcompile.serving.openai.choices import ChatChoice, Choice, TextChoice, usage
 from mxcompile.serving.openai.door import Door, error_body
+from mxcompile.serving.openai.response_format import blamed
 from mxcompile.serving.openai.triton import Answer, ApiError
 
 CLIENT_HEADER = "x-client-id"
@@ -121,7 +122,10 @@ def create_app(triton: str, metrics: str, model: str, family: str = "text-01", i
             named["client_id"] = who
         asked = [tensors | named for tensors in body.requests(family, images)]
         choices = [make(index) for index in range(len(asked) * body.answers)]
-        answers = await _unless_left(request, _ask_all(client, model, asked))
+        try:
+            answers = await _unless_left(request, _ask_all(client, model, asked))
+        except ApiError as error:
+            raise blamed(error, body.guide_field) from None
         merged = _merge(answers, body.answers)
         if body.stream:
             head["object"] = "chat.completion.chunk" if kind == "chat.completion" else kind

@@ -10,6 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from mxcompile.chat import render
 from mxcompile.errors import MxcompileError
 from mxcompile.serving.openai.content import plain_messages, refuse_images
+from mxcompile.serving.openai.response_format import (
+    GuideFields,
+    ResponseFormat,
+    StructuredOutputs,
+    content_schema,
+    guide_fields,
+)
+from mxcompile.serving.openai.tool_grammar import tool_grammar
 from mxcompile.serving.openai.tools import ToolUse, conversation, tool_use
 
 NO_LIMIT = 2**31 - 1  # the engine stops at its own length
@@ -22,12 +30,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "function_call": (None, "none"),
     "functions": (None, []),
-    "logit_bias": (None, {}),
     "metadata": (None, {}),
     "modalities": (None, ["text"]),
     "prediction": (None,),
     "reasoning_effort": (None,),
-    "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "suffix": (None, ""),
@@ -42,14 +48,13 @@ REASONS = {
     "functions": "not supported here; use tools",
     "modalities": 'only ["text"]: this model reads and writes text only',
     "reasoning_effort": "this model has no setting for it",
-    "response_format": 'only {"type": "text"} is supported: there is no constrained decoding here; use tools, or ask '
-    "for JSON in the prompt and check what comes",
     "store": "nothing is stored here",
     "suffix": "this model cannot fill in the middle of a text",
     "verbosity": "this model has no setting for it",
 }
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Count = Annotated[int, Field(ge=1, le=NO_LIMIT)]
 
 
@@ -60,7 +65,9 @@ class StreamOptions(BaseModel):
 
 
 class Common(BaseModel):
-    """What both endpoints take. `top_k`, `repetition_penalty` and `ignore_eos` are additions of this server."""
+    """What both endpoints take. `top_k`, `repetition_penalty`, `ignore_eos` and `structured_outputs` are additions to the
+    API, as is `response_format` for text completions.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -73,6 +80,9 @@ class Common(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0)] | None = 1.0
     presence_penalty: Penalty | None = 0.0
     frequency_penalty: Penalty | None = 0.0
+    logit_bias: dict[int, Bias] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool = False  # go on behind an end of sequence, as far as max_tokens
@@ -98,6 +108,21 @@ class Common(BaseModel):
         """Answers to each prompt."""
         return self.n or 1
 
+    @property
+    def guide_field(self) -> str:
+        """The field that says what answers must follow."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
+
+    @property
+    def guide(self) -> GuideFields | None:
+        """What the text of an answer must follow, by both fields that say so."""
+        wanted = self.response_format.guide() if self.response_format is not None else None
+        if self.structured_outputs is None:
+            return wanted
+        if wanted is not None:
+            raise MxcompileError("structured_outputs: give this or response_format, not both")
+        return self.structured_outputs.guide()
+
     def requests(self, family: str, images: bool) -> list[dict[str, Any]]:
         """The fields of Triton's generate request for each prompt. `family` of the model as its configuration has it; `images`:
         whether the engine takes any.
@@ -122,6 +147,10 @@ class Common(BaseModel):
         values |= {name: getattr(self, name) for name, off in others.items() if getattr(self, name) not in (None, off)}
         values |= {"n": self.answers} if self.answers > 1 else {}
         values |= {"end_id": -1} if self.ignore_eos else {}
+        if self.logit_bias:
+            values |= {"logit_bias_ids": list(self.logit_bias), "logit_bias_values": list(self.logit_bias.values())}
+        if self.guide is not None:
+            values |= guide_fields(*self.guide)
         return values | ({"stop_words": stops} if stops else {})
 
 
@@ -136,6 +165,10 @@ class ChatBody(Common):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+
+    @property
+    def guide_field(self) -> str:
+        return "tools" if self.tools and self.tool_choice != "none" else super().guide_field
 
     def tool_use(self, family: str) -> ToolUse:
         """What is said of tools."""
@@ -157,6 +190,9 @@ class ChatBody(Common):
         if self.top_logprobs is not None and not self.logprobs:
             raise MxcompileError("top_logprobs: needs logprobs: true")
         values |= {"images": shown} if shown else {}
+        content = content_schema(self.guide) if tools.expected and not tools.forced and self.guide is not None else None
+        if (grammar := tool_grammar(tools, family, content)) is not None:
+            values |= guide_fields("grammar", grammar)
         return [values | ({"top_log_probs": self.top_logprobs or 0} if self.logprobs else {})]
 
 

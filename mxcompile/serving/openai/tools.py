@@ -20,7 +20,7 @@ from mxcompile.tokenizer import FUNCTION_CALL
 
 _FENCE = "```typescript\n"
 _M1_BEGIN, _M1_END = "<tool_calls>", "</tool_calls>"
-_MARKS = (FUNCTION_CALL, _M1_BEGIN)
+CALL_MARKS = (FUNCTION_CALL, _M1_BEGIN)
 _CALL = re.compile(r"functions\.([\w.-]+)\(\s*")
 _LONGEST_NAME = 64
 _decoder = json.JSONDecoder()
@@ -29,13 +29,14 @@ _decoder = json.JSONDecoder()
 @dataclass(frozen=True)
 class ToolUse:
     """What a request says of tools. `definitions` go into the prompt; `forced` is what the answer must begin with, and
-    `name` the function that this names.
+    `name` the function that this names. Calls of `strict` functions follow their schema also where nothing is forced.
     """
 
     definitions: list[dict[str, Any]] = field(default_factory=list)
     forced: str = ""
     only_first: bool = False
     name: str = ""
+    strict: frozenset[str] = frozenset()
 
     @property
     def expected(self) -> bool:
@@ -48,6 +49,8 @@ def tool_use(
 ) -> ToolUse:
     """The request's `tools`, `tool_choice` and `parallel_tool_calls`. Raises MxcompileError for what is none."""
     definitions = [_definition(index, tool) for index, tool in enumerate(tools or ())]
+    # It says nothing to the model.
+    strict = frozenset(each["name"] for each in definitions if each.pop("strict", None))
     if choice is None:
         choice = "auto" if definitions else "none"
     if not definitions and choice != "none":
@@ -56,10 +59,10 @@ def tool_use(
     if choice == "none":
         return ToolUse()
     if choice == "auto":
-        return ToolUse(definitions, "", only_first)
+        return ToolUse(definitions, "", only_first, strict=strict)
     opening = f'{_M1_BEGIN}\n{{"name": "' if family == M1 else f"{FUNCTION_CALL}{_FENCE}functions."
     if choice == "required":
-        return ToolUse(definitions, opening, only_first)
+        return ToolUse(definitions, opening, only_first, strict=strict)
     wanted = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
     name = wanted.get("name") if isinstance(wanted, Mapping) else None
     if not isinstance(name, str):
@@ -69,7 +72,7 @@ def tool_use(
     if name not in [definition["name"] for definition in definitions]:
         raise MxcompileError(f"tool_choice: there is no tool {name!r}")
     closing = '", "arguments": ' if family == M1 else "("
-    return ToolUse(definitions, f"{opening}{name}{closing}", only_first, name)
+    return ToolUse(definitions, f"{opening}{name}{closing}", only_first, name, strict)
 
 
 def _definition(index: int, tool: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,10 +84,7 @@ def _definition(index: int, tool: Mapping[str, Any]) -> dict[str, Any]:
         raise MxcompileError(
             f"tools.{index}: a name must have up to {_LONGEST_NAME} letters, digits, underscores and dashes"
         )
-    # `strict` asks for constrained decoding, which is not there; it says nothing to the model.
-    if function.get("strict"):
-        raise MxcompileError(f"tools.{index}: strict is not supported here: there is no constrained decoding")
-    return {key: value for key, value in function.items() if key != "strict"}
+    return dict(function)
 
 
 def conversation(messages: Sequence[Mapping[str, Any]], family: str = "text-01") -> list[dict[str, Any]]:
@@ -163,13 +163,13 @@ class ToolCalls:
                 if not self._read_calls():
                     break
             else:
-                at = min((i for i in map(self._rest.find, _MARKS) if i >= 0), default=-1)
+                at = min((i for i in map(self._rest.find, CALL_MARKS) if i >= 0), default=-1)
                 if at < 0:
                     sure = len(self._rest) - self._forming()
                     text, self._rest = text + self._rest[:sure], self._rest[sure:]
                     break
                 text += self._rest[:at]
-                self._inside = next(mark for mark in _MARKS if self._rest.startswith(mark, at))
+                self._inside = next(mark for mark in CALL_MARKS if self._rest.startswith(mark, at))
                 self._block_calls = 0
                 self._rest = self._rest[at + len(self._inside) :]
         return text, self._keep(before)
@@ -231,8 +231,8 @@ class ToolCalls:
 
     def _forming(self) -> int:
         """Length of the longest end of the text that may become a mark."""
-        longest = max(len(mark) for mark in _MARKS) - 1
+        longest = max(len(mark) for mark in CALL_MARKS) - 1
         for length in range(min(longest, len(self._rest)), 0, -1):
-            if any(mark.startswith(self._rest[len(self._rest) - length :]) for mark in _MARKS):
+            if any(mark.startswith(self._rest[len(self._rest) - length :]) for mark in CALL_MARKS):
                 return length
         return 0

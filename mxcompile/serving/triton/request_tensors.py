@@ -24,7 +24,14 @@ SCALARS = {
     "echo": bool,
     "session_start": bool,
 }
-TEXTS = ("text_input", "session_id", "client_id", "request_id")
+TEXTS = (
+    "text_input",
+    "session_id",
+    "client_id",
+    "request_id",
+    "guided_decoding_guide_type",
+    "guided_decoding_guide",
+)
 # How image files begin; none of these is how one begins in base64.
 FILES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
 
@@ -41,8 +48,10 @@ def read(request, engine):
     message: dict = {}
     for tensor in request.inputs():
         name, array = tensor.name(), tensor.as_numpy()
-        if name == "input_ids":
+        if name in ("input_ids", "logit_bias_ids"):
             message[name] = [int(token) for token in array.reshape(-1)]
+        elif name == "logit_bias_values":
+            message[name] = [float(str(value)) for value in array.reshape(-1)]
         elif name == "stop_words":
             message[name] = [text(name, value) for value in array.reshape(-1)]
         elif name == "images":
