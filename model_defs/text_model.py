@@ -62,6 +62,14 @@ class Weight(nn.Module):
         wide = wide_dtype(x.dtype)
         return torch.nn.functional.linear(x.to(wide), self.weight.to(wide))
 
+    def linear_of(self, x: Tensor, index: int) -> Tensor:
+        """The product with one matrix of a stack."""
+        return x @ self.weight[index].T
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows of these numbers, [..., columns]."""
+        return torch.nn.functional.embedding(ids, self.weight)
+
 
 class LightningAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype) -> None:
@@ -143,10 +151,11 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the mixed expert outputs [B, T, D] and the router logits [B, T, E]."""
         router_BTE = self.gate.linear_wide(x_BTD)
-        mixed_BTD = ops.mixture_of_experts(
-            x_BTD, router_BTE.flatten(0, 1), self.fc1.weight, self.fc2.weight, self.top_k
-        )
-        return mixed_BTD, router_BTE
+        return self.mix(x_BTD, router_BTE.flatten(0, 1)), router_BTE
+
+    def mix(self, x_BTD: Tensor, router_NE: Tensor) -> Tensor:
+        """The experts' outputs [B, T, D], chosen and weighted by the router's logits [B * T, E]."""
+        return ops.mixture_of_experts(x_BTD, router_NE, self.fc1.weight, self.fc2.weight, self.top_k)
 
 
 class DecoderLayer(nn.Module):
@@ -215,7 +224,7 @@ class TextModel(nn.Module):
             logits [B, P, N] (fp32; fp64 in an fp64 model), the new states in the same order, and the taps.
         """
         context = self._context(input_ids_BT, new_lengths_B, past_lengths_B)
-        x_BTD = torch.nn.functional.embedding(input_ids_BT, self.embed_tokens.weight)
+        x_BTD = self.embed_tokens.rows(input_ids_BT)
         if image_features_MD is not None and image_positions_BT is not None:
             x_BTD = ops.place_images(x_BTD, image_features_MD, image_positions_BT)
         remaining, presents, taps = list(states), [], Taps([], [])

@@ -6,7 +6,7 @@
 from model_defs.ops.kv_cache import append_to_cache
 from model_defs.ops.lightning_attention import lightning_attention
 from model_defs.ops.log_decay import log_decay
-from model_defs.ops.moe import mixture_of_experts
+from model_defs.ops.moe import mix_experts, mixture_of_experts
 from model_defs.ops.place_images import place_images
 from model_defs.ops.residual import scaled_residual
 from model_defs.ops.rms_norm import rms_norm
@@ -17,6 +17,7 @@ __all__ = [
     "append_to_cache",
     "lightning_attention",
     "log_decay",
+    "mix_experts",
     "mixture_of_experts",
     "place_images",
     "rms_norm",

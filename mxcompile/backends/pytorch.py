@@ -1,6 +1,6 @@
 """The PyTorch definition as a session: the original that engines are held against.
 
-Parameters are assembled one at a time from the checkpoint. torch is imported by this module, so import the module lazily.
+torch is imported by this module, so import the module lazily.
 
 Shape suffixes: B batch rows, T new tokens, P positions with logits, N vocabulary, D hidden, E experts, G kv heads, S capacity,
 H heads, K and V head dims.
@@ -22,24 +22,15 @@ from engines.errors import EngineError
 from engines.interface import Positions, RowSnapshot, StepResult, check_start
 from engines.vision.placed import PlacedImages
 from export.contract import IMAGE_FEATURES, LOGITS, TOKEN_INPUTS, hidden_tap, image_inputs, router_tap, state_specs
-from model_defs import ops
-from model_defs.quantization import SCHEMES, WHOLE, block_scheme, rounded_blocks, rounded_rows
 from model_defs.text_model import TextModel
-from model_defs.weights import Direct, weight_recipes
+from mxcompile.backends.weights import Rounding, load_model
 
 if TYPE_CHECKING:
     from engines.vision.pixels import PreparedImage
     from model_defs.checkpoint.reader import Checkpoint
-    from model_defs.config import ModelConfig
     from mxcompile.backends.vision import PyTorchVision
 
 TARGET = "pytorch"
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 FIRST_CAPACITY = 256
 MAX_BATCH_SIZE = 64
 
@@ -84,6 +75,7 @@ class PyTorchSession:
         quantize: str | None = None,
         int8_activations: bool = False,
         vision: bool = False,
+        stream: bool = False,
         **options: Any,
     ) -> PyTorchSession:
         """Load a checkpoint folder (or an opened checkpoint).
@@ -96,6 +88,7 @@ class PyTorchSession:
             quantize: "int8" or "int4" rounds all large matrices as an engine built so does.
             int8_activations: round what goes into products with those as well, as such an engine does.
             vision: with the vision half, if the checkpoint has one (float32 and float64 only).
+            stream: leave the matrices in the checkpoint and read them whenever they are used; slower, for models larger than memory.
             options: of the constructor.
 
         Raises CheckpointError or ConfigError for a bad checkpoint, EngineError for an unknown dtype.
@@ -103,14 +96,13 @@ class PyTorchSession:
         from model_defs.checkpoint.reader import Checkpoint
         from model_defs.checkpoint.verify import require_complete
 
-        if dtype not in DTYPES:
-            raise EngineError(f"the PyTorch definition runs in {', '.join(DTYPES)}, not in {dtype!r}")
+        rounding = Rounding(dtype, quantize_experts, quantize, expert_parts)
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
         config = opened.config if vision else opened.config.text_only()
         config = config if layers is None else config.truncated(layers)
         require_complete(opened, config)
         reference = CheckpointReference(str(opened.folder), opened.fingerprint())
-        model = load_model(opened, config, dtype, quantize_experts, quantize, expert_parts)
+        model = load_model(opened, config, rounding, stream)
         if int8_activations and quantize is not None:
             from mxcompile.backends.rounded_activations import round_activations
 
@@ -237,8 +229,7 @@ class PyTorchSession:
 
         def rerouted(module: Any, inputs: tuple[torch.Tensor], outputs: tuple[torch.Tensor, torch.Tensor]) -> Any:
             router = torch.from_numpy(router_logits_TE).to(outputs[1].dtype)
-            mixed = ops.mixture_of_experts(inputs[0], router, module.fc1.weight, module.fc2.weight, module.top_k)
-            return mixed, outputs[1]
+            return module.mix(inputs[0], router), outputs[1]
 
         hook = experts.register_forward_hook(rerouted)
         try:
@@ -395,44 +386,6 @@ class PyTorchState:
         for row, length in enumerate(self._lengths):
             out[row, :, length:] = 0
         return out
-
-
-def load_model(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    dtype: str = "float32",
-    quantize_experts: str | None = None,
-    quantize: str | None = None,
-    expert_parts: int = 1,
-) -> TextModel:
-    """`TextModel(config)` with the checkpoint's weights; one parameter at a time is held twice. See `PyTorchSession.load`."""
-    if quantize_experts not in (None, *SCHEMES):
-        raise EngineError(
-            f"the PyTorch definition knows no experts in {quantize_experts!r}; known: {', '.join(SCHEMES)}"
-        )
-    if quantize not in (None, *WHOLE):
-        raise EngineError(f"the PyTorch definition knows no weights in {quantize!r}; known: {', '.join(WHOLE)}")
-    with torch.device("meta"):
-        model = TextModel(config, DTYPES[dtype])
-    wide = np.float64 if dtype == "float64" else np.float32
-    for name, recipe in weight_recipes(config).items():
-        # A copy: the checkpoint's arrays are views of a file that must not be written to.
-        array = recipe.assemble(checkpoint.array)
-        if quantize_experts is not None and not isinstance(recipe, Direct):
-            parts = expert_parts if name.endswith("fc2.weight") else 1  # ranks have whole rows of fc1
-            array = np.stack(
-                [np.hstack([rounded_rows(part) for part in np.split(expert, parts, axis=1)]) for expert in array]
-            )
-        scheme = None if quantize is None else block_scheme(name, quantize)
-        if scheme is not None:
-            array = rounded_blocks(array.reshape(-1, array.shape[-1]), scheme).reshape(array.shape)
-        values = torch.from_numpy(array.astype(wide)).to(DTYPES[dtype])
-        owner, _, leaf = name.rpartition(".")
-        expected = model.get_parameter(name).shape
-        if values.shape != expected:
-            raise EngineError(f"weight {name} has shape {list(values.shape)}, the model needs {list(expected)}")
-        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(values, requires_grad=False))
-    return model
 
 
 def _describe(

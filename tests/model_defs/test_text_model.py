@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from plain_models import oracle, plain_checkpoint
 
 from model_defs.config import ResidualScale
-from mxcompile.backends.pytorch import PyTorchSession, load_model
+from mxcompile.backends.pytorch import PyTorchSession
+from mxcompile.backends.weights import Rounding, load_model
 
 # All apart, as the published ones are not: a factor in another's place must show.
 SCALES = dict(
@@ -45,7 +46,7 @@ def test_it_computes_the_recurrence(checkpoint, dtype, tolerance):
     """fp64: both do the same sums in another order. fp32: the tolerance of engines. 130 tokens cross two chunks."""
     ids = tokens(130)
     steps, memory = oracle(checkpoint).run(ids)
-    logits, states, taps = forward(load_model(checkpoint, checkpoint.config, dtype), ids)
+    logits, states, taps = forward(load_model(checkpoint, checkpoint.config, Rounding(dtype)), ids)
     expected = np.stack([step.logits_N for step in steps])
     assert 3 < np.abs(expected).max(-1).mean() < 12  # the scale at which the tolerance means something
     np.testing.assert_allclose(logits[0].numpy(), expected, rtol=0, atol=tolerance)
@@ -81,7 +82,7 @@ def test_odd_models_compute_the_recurrence(tmp_path, changes, top):
     odd = plain_checkpoint(tmp_path / "odd", **(SCALES | sizes | changes | {"num_local_experts": experts}))
     ids = np.random.default_rng(top).integers(0, odd.config.vocab_size, 67)
     steps, _ = oracle(odd).run(ids)
-    logits, _, _ = forward(load_model(odd, odd.config, "float64"), ids)
+    logits, _, _ = forward(load_model(odd, odd.config, Rounding("float64")), ids)
     np.testing.assert_allclose(logits[0].numpy(), np.stack([step.logits_N for step in steps]), rtol=0, atol=1e-9)
 
 
@@ -207,15 +208,15 @@ def test_padding_leaves_states_as_they_are(session):
 def test_a_truncated_model_computes_what_its_layers_do_in_the_full_one(checkpoint):
     """Slopes are spread over the full depth, whatever part of it is built."""
     ids = tokens(40)
-    whole = forward(load_model(checkpoint, checkpoint.config, "float64"), ids)[2]
-    cut = forward(load_model(checkpoint, checkpoint.config.truncated(2), "float64"), ids)[2]
+    whole = forward(load_model(checkpoint, checkpoint.config, Rounding("float64")), ids)[2]
+    cut = forward(load_model(checkpoint, checkpoint.config.truncated(2), Rounding("float64")), ids)[2]
     assert len(cut.hidden) == 2
     for layer in range(2):
         assert torch.equal(cut.hidden[layer], whole.hidden[layer])
 
 
 def test_sixteen_bit_models_keep_their_wide_parts(checkpoint):
-    model = load_model(checkpoint, checkpoint.config, "bfloat16")
+    model = load_model(checkpoint, checkpoint.config, Rounding("bfloat16"))
     logits, states, taps = forward(model, tokens(70))
     assert logits.dtype == torch.float32
     assert [state.dtype for state in states] == [torch.float32] * 2 + [torch.bfloat16] * 2 + [torch.float32]
@@ -231,7 +232,7 @@ def test_sixteen_bit_models_turn_by_wide_angles(tmp_path):
     ids, past = tokens(8), 3000
     exact, rounded = (
         forward(model, ids, model.new_states(1, past + len(ids)), past)[1][0][0, :, past:].double()
-        for model in (load_model(checkpoint, checkpoint.config, dtype) for dtype in ("float64", "bfloat16"))
+        for model in (load_model(checkpoint, checkpoint.config, Rounding(dtype)) for dtype in ("float64", "bfloat16"))
     )
     # Embedding, norm, its weight, projection and the turned key are rounded, each to 2^-9 at most.
     assert relative(rounded.numpy(), exact.numpy()) < 0.01

@@ -16,7 +16,7 @@ from engines.weights import map_weights
 from export.parallel.mapping import ParallelMapping
 from model_defs.checkpoint.reader import Checkpoint
 from model_defs.quantization import dequantize_rows
-from mxcompile.backends.pytorch import load_model
+from mxcompile.backends.weights import load_model
 from mxcompile.building import BuildSummary, build
 from mxcompile.inspection import inspect
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from plain_models import plain_checkpoint
 
-from mxcompile.backends.pytorch import PyTorchSession, load_model
+from mxcompile.backends.pytorch import PyTorchSession
+from mxcompile.backends.weights import Rounding, load_model
 from mxcompile.validation import ValidationOptions, validate
 
 OPTIONS = ValidationOptions(quick=True, lengths=(1, 65), threads=1)
@@ -88,10 +89,10 @@ FAULTS = [
     ("plant", "dtype", "layer", "kind", "word"), FAULTS, ids=[fault[0].__name__ for fault in FAULTS]
 )
 def test_a_fault_is_caught_and_named(checkpoint, plant, dtype, layer, kind, word):
-    faulty = load_model(checkpoint, checkpoint.config, dtype)
+    faulty = load_model(checkpoint, checkpoint.config, Rounding(dtype))
     with torch.no_grad():
         plant(faulty)
-    reference = session(load_model(checkpoint, checkpoint.config, dtype))
+    reference = session(load_model(checkpoint, checkpoint.config, Rounding(dtype)))
     report = validate(session(faulty), reference, OPTIONS)
     assert not report.passed
     assert report.fault is not None

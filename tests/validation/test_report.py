@@ -13,7 +13,8 @@ import torch
 from plain_models import plain_checkpoint
 from rich.console import Console
 
-from mxcompile.backends.pytorch import PyTorchSession, load_model
+from mxcompile.backends.pytorch import PyTorchSession
+from mxcompile.backends.weights import load_model
 from mxcompile.errors import MxcompileError
 from mxcompile.report import page, print_report, read_json, write_html, write_json
 from mxcompile.report.figures import figures
