@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -40,13 +41,23 @@ def os_errors(doing: str) -> Iterator[None]:
     """Turn a failing disk into one EngineError (exit code 3) that says what was being done."""
     try:
         yield
-    except OSError as error:
+    except OSError as caught:
+        error = _first(caught)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             hint = "no space left on the disk; free some or choose another output folder"
         else:
             hint = error.strerror or str(error)
         where = f" ({error.filename})" if error.filename else ""
-        raise EngineError(f"{doing}: {hint}{where}", exit_code=ENVIRONMENT) from error
+        raise EngineError(f"{doing}: {hint}{where}", exit_code=ENVIRONMENT) from caught
+
+
+def _first(error: OSError) -> OSError:
+    """The first of those that `shutil.copytree` collects as (source, target, text)."""
+    if not isinstance(error, shutil.Error) or not isinstance(error.args[0], list):
+        return error
+    text = str(error.args[0][0][2])
+    number = re.match(r"\[Errno (\d+)\]", text)
+    return OSError(text) if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 def read_config(path: str | os.PathLike[str]) -> EngineConfig:

@@ -107,7 +107,10 @@ def create_checkpoint(
 def _require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + _SLACK:
-        raise StorageError(f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+        unit, size = ("GB", 1e9) if needed >= 1e9 else ("MB", 1e6)
+        raise StorageError(
+            f"{folder}: {(needed + _SLACK) / size:.1f} {unit} are needed, {free / size:.1f} {unit} are free"
+        )
 
 
 def _write_generation_config(config: ModelConfig, folder: Path) -> None:

@@ -66,7 +66,9 @@ def command(
     from mxcompile.cli.output import print_json
     from mxcompile.cli.progress_bars import progress
     from mxcompile.comparing import report, write
+    from mxcompile.report.files import check_place
 
+    check_place(html, json_file, csv, markdown)
     with progress(verbose) as shown:
         values = report(engine_dirs, progress=shown, **options)
     to_stdout = json_file == "-"

@@ -54,6 +54,7 @@ def command(
     from mxcompile.cli.progress_bars import progress
     from mxcompile.planning.memory import parse_tokens
     from mxcompile.report import print_report, write_html, write_json
+    from mxcompile.report.files import check_place
     from mxcompile.validation import ValidationOptions, validate
 
     options = ValidationOptions(
@@ -64,6 +65,7 @@ def command(
         reference_dtype=reference_dtype,
         force=force,
     )
+    check_place(json_file, html_file)
     with progress(verbose) as shown:
         report = validate(engine_dir, against, options, shown)
     if json_file == "-":

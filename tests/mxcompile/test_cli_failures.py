@@ -14,6 +14,8 @@ import sys
 import pytest
 from cli_process import environment
 
+from engines.directory import os_errors
+from engines.errors import EngineError
 from mxcompile.cli.main import main
 
 
@@ -181,6 +183,22 @@ def test_a_limit_on_files_that_an_export_meets(tiny_checkpoint, tmp_path, capsys
     assert ended.value.code == 3
     assert "larger than this file system or a limit (ulimit -f) allows" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copied_folder_that_does_not_fit():
+    """`shutil.copytree` goes on after an error and raises all of them as one list."""
+    said = [("a", "b", f"[Errno {errno.ENOSPC}] No space left on device: 'a' -> 'b'"), ("c", "d", "odd")]
+    for listed, words in ((said, "writing x: no space left on the disk"), (said[1:], "writing x: odd")):
+        with pytest.raises(EngineError, match=words) as caught, os_errors("writing x"):
+            raise shutil.Error(listed)
+        assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("option", [["validate", "e", "--against", "c", "--json"], ["report", "e", "--markdown"]])
+def test_where_a_result_cannot_be_written_is_told_before_it_is_measured(mxcompile, tmp_path, option):
+    (tmp_path / "file").touch()
+    for place, words in (("file/x", "nothing can be written to"), (".", "is a folder; name a file")):
+        refused(mxcompile(*option, place, cwd=tmp_path), 2, words)
 
 
 def test_a_failed_rebuild_keeps_the_engine_that_was_there(tiny_checkpoint, tiny_engine, tmp_path, monkeypatch, capsys):
