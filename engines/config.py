@@ -21,6 +21,7 @@ Kind = Literal["lightning", "softmax"]
 
 _DTYPES = frozenset(("float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"))
 _MOST_RANKS = 1 << 16
+_LARGEST_SIZE = 1 << 20  # heads of a state, or channels of a head
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,8 @@ class EngineConfig:
         """Parse; `source` (a file name) goes into errors."""
         try:
             raw = json.loads(text)
+        except RecursionError:
+            raise EngineError(f"{source}: not valid JSON (nested too deeply); rebuild the engine") from None
         except ValueError as error:
             raise EngineError(f"{source}: not valid JSON ({error}); rebuild the engine") from None
         if not isinstance(raw, dict) or "schema_version" not in raw:
@@ -196,9 +199,35 @@ def _check(config: EngineConfig, source: str) -> None:
                 raise EngineError(f"{where}.dtype' has an unexpected value {port.dtype!r}; rebuild the engine")
             if len(port.dims) != (4 if key == "states" else max(1, len(port.dims))):
                 raise EngineError(f"{where}.dims' has {len(port.dims)} dimensions; rebuild the engine")
+    _check_states(config, source)
     for name, size in dataclasses.asdict(config.mapping).items():
         if not 1 <= size <= _MOST_RANKS:
             raise EngineError(f"{source}: 'mapping.{name}' has an unexpected value {size!r}; rebuild the engine")
+
+
+def _check_states(config: EngineConfig, source: str) -> None:
+    """Each state is an input and an output of the graph, of its type and sizes, and has the dimensions of its role."""
+    inputs, outputs = ({port.name: port for port in ports} for ports in (config.inputs, config.outputs))
+    for index, spec in enumerate(config.states):
+        for key, name, ports in (("past", spec.past, inputs), ("present", spec.present, outputs)):
+            port = ports.get(name)
+            if port is None or port.dtype != spec.dtype or not _same_sizes(spec, port):
+                raise EngineError(
+                    f"{source}: 'states.{index}' is not what the graph's {key} {name!r} is; rebuild the engine"
+                )
+        form = [dim if isinstance(dim, str) else "size" for dim in spec.dims]
+        wanted = ["batch", "size", "size" if spec.role == "recurrent_state" else "capacity", "size"]
+        sizes = [dim for dim in spec.dims if isinstance(dim, int)]
+        if form != wanted or not all(0 < size <= _LARGEST_SIZE for size in sizes):
+            raise EngineError(
+                f"{source}: 'states.{index}.dims' has an unexpected value {spec.dims}; rebuild the engine"
+            )
+
+
+def _same_sizes(spec: StateTensor, port: Port) -> bool:
+    """Whether the graph has the state's sizes; where the state has a name, it may have a number (a fixed capacity)."""
+    pairs = zip(spec.dims, port.dims, strict=False)
+    return len(spec.dims) == len(port.dims) and all(isinstance(mine, str) or mine == theirs for mine, theirs in pairs)
 
 
 def _read(kind: Any, raw: Any, source: str, where: str) -> Any:

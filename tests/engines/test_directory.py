@@ -26,8 +26,8 @@ def a_config() -> EngineConfig:
         model={"anything": [1, {"deep": None}]},
         dtype="float32",
         limits=Limits(2, 100, 10),
-        inputs=[Port("input_ids", "int64", ["batch", "tokens"])],
-        outputs=[Port("logits", "float32", ["batch", "positions", 7])],
+        inputs=[Port("input_ids", "int64", ["batch", "tokens"]), Port("past", "float32", ["batch", 2, 3, 3])],
+        outputs=[Port("logits", "float32", ["batch", "positions", 7]), Port("present", "float32", ["batch", 2, 3, 3])],
         states=[StateTensor(0, "lightning", "recurrent_state", "past", "present", "float32", ["batch", 2, 3, 3])],
         ranks=[RankFiles(0, "rank0.onnx", None)],
     )
@@ -61,6 +61,12 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == ["engine"]
 
 
+def set_state_dims(raw: dict, dims: list) -> None:
+    """Of the state, and of the graph's input and output that it is."""
+    for port in (raw["states"][0], raw["inputs"][1], raw["outputs"][1]):
+        port["dims"] = dims
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -74,6 +80,21 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
         (lambda raw: raw["states"][0].update(kind="other"), "'states.0.kind' has an unexpected value 'other'"),
         (lambda raw: raw["states"][0].update(dtype=""), "'states.0.dtype' has an unexpected value ''"),
         (lambda raw: raw["states"][0].update(dims=[]), "'states.0.dims' has 0 dimensions"),
+        (
+            lambda raw: raw["states"][0].update(dims=["batch", 2, 4, 3]),
+            "'states.0' is not what the graph's past 'past' is",
+        ),
+        (lambda raw: raw["states"][0].update(dims=["batch", 2, 3, 4]), "'states.0' is not what"),
+        (lambda raw: raw["states"][0].update(dtype="int8"), "'states.0' is not what"),
+        (lambda raw: raw["states"][0].update(past="other"), "'states.0' is not what"),
+        (lambda raw: raw["states"][0].update(present="past"), "'states.0' is not what the graph's present 'past' is"),
+        (lambda raw: raw["states"][0].update(dims=["batch", 2, 3, "x"]), "'states.0.dims' has an unexpected value"),
+        (lambda raw: raw["states"][0].update(role="key"), "'states.0.dims' has an unexpected value"),
+        (lambda raw: set_state_dims(raw, ["batch", 2, 3, "capacity"]), "'states.0.dims' has an unexpected value"),
+        (lambda raw: set_state_dims(raw, ["batch", 2, -1, 3]), "'states.0.dims' has an unexpected value"),
+        (lambda raw: set_state_dims(raw, ["batch", 2, 10**9, 3]), "'states.0.dims' has an unexpected value"),
+        (lambda raw: set_state_dims(raw, [2, "batch", 3, 3]), "'states.0.dims' has an unexpected value"),
+        (lambda raw: set_state_dims(raw, ["batch", "batch", 3, 3]), "'states.0.dims' has an unexpected value"),
         (lambda raw: raw["outputs"][0].update(dims=[]), "'outputs.0.dims' has 0 dimensions"),
         (lambda raw: raw["mapping"].update(tp_size=10**30), "'mapping.tp_size' has an unexpected value 1000"),
         (lambda raw: raw["mapping"].update(cp_size=0), "'mapping.cp_size' has an unexpected value 0"),
@@ -92,7 +113,7 @@ def test_a_config_that_is_not_understood_is_refused(tmp_path: Path, edit: Callab
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '"x"', "nonsense \x00"])
+@pytest.mark.parametrize("text", ["", "[]", "{", '"x"', "nonsense \x00", "[" * 100_000])
 def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(EngineError, match=r"config\.json"):
