@@ -133,6 +133,12 @@ def test_the_digest_decides_what_is_known(make, vl_loaded):
     assert found == [0, whole, 0, first, 0, whole]
     assert scheduler.metrics.counts["images_known_total"] == 2 + 2 + 1
     assert scheduler.metrics.counts["images_encoded_total"] == 2 * 6 - 5
+    other = text.replace(" with", "?")  # within the block that the second image ends in, which is not the image's first
+    assert second.end % 8
+    client, _ = ask(scheduler, vl_loaded, other, asked[0], tokens=24)
+    run(scheduler)
+    assert client.end.cached_tokens == second.end // 8 * 8
+    assert client.end.result.tokens == alone(vl_loaded, other, asked[0], tokens=24, chunk=8).tokens
 
 
 def image(start, tokens, digest):
@@ -158,7 +164,8 @@ def test_keys_of_blocks_are_those_of_what_is_in_them():
     assert common([here, image(14, 2, b"a")], [here, image(14, 2, b"b")]) == 3
     assert common([image(2, 2, b"a"), image(4, 4, b"b")], [image(2, 2, b"a"), image(4, 4, b"c")]) == 1
     assert common([image(2, 2, b"a"), image(4, 4, b"b")], [here]) == 0, "where one ends and the next begins"
-    assert common([image(4, 4, b"a")], [image(5, 3, b"a")]) == 1, "the same image one place further on"
+    assert common([image(4, 4, b"a")], [image(5, 3, b"a")]) == 1, "only a part of it"
+    assert common([image(4, 2, b"a")], [image(5, 2, b"a")]) == 1, "the same image one place further on"
     assert cache.keys(tokens[:4], [image(4, 4, b"a")]) == plain[:1], "what comes behind a block is not in its key"
 
 
@@ -187,22 +194,43 @@ def test_running_answers_go_on_while_an_image_is_decoded_and_encoded(make, vl_lo
     assert beside.end.result.tokens == alone(vl_loaded, "go on", tokens=200).tokens
 
 
-def test_images_and_prompts_take_turns(make, vl_loaded, held):
-    """One client's many images delay another's prompt by no more than a turn."""
+def test_images_and_prompts_take_turns(make, vl_loaded, held, monkeypatch):
+    """One client's many images delay another's prompt by no more than a turn, and running answers by no more than one at a time."""
     scheduler = make()
+    runs, steps_of = 0, vl_loaded.session.image_steps
+
+    def counted(image):
+        nonlocal runs
+        steps, result = steps_of(image), None
+        while result is None:
+            runs += 1
+            try:
+                next(steps)
+            except StopIteration as end:
+                result = end.value
+            else:
+                yield
+        return result
+
+    monkeypatch.setattr(vl_loaded.session, "image_steps", counted)
     with held():
         first = [ask(scheduler, vl_loaded, "<image>" * 2, [LARGE, LARGE], client="many")[0] for _ in range(4)]
         scheduler.step()
     jobs = [job for job in scheduler._slots if job is not None]
     until(lambda: all(not job.blocked for job in jobs), "they are not decoded")
+    scheduler.step()
+    assert runs == 1
     other, _ = ask(scheduler, vl_loaded, "x" * 200, client="other")
     prompt = -(-len(vl_loaded.tokens("x" * 200)) // 32)
     for _ in range(2 * prompt + 1):
         assert not other.events
+        before = runs
         scheduler.step()
+        assert runs <= before + 1
         if other.events:
             break
     assert other.events
+    assert runs > 1
     assert not any(client.ended for client in first)
     run(scheduler)
     expected = alone(vl_loaded, "<image>" * 2, [LARGE, LARGE]).tokens
@@ -225,6 +253,7 @@ def test_a_request_with_images_can_be_cancelled_at_any_time(make, vl_loaded, hel
         scheduler.cancel(ticket)
         scheduler.wait(LIMIT_S)  # returns: there is something to do
         scheduler.step()
+        assert when != "decoding" or job.encoding._reading.dropped
         assert gone.end == Failed("cancelled", "the request was cancelled")
         assert scheduler.idle
         text, _ = ask(scheduler, vl_loaded, "only text")
