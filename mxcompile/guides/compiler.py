@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +19,14 @@ from engines.generation import Constraint, ConstraintError
 from mxcompile.errors import MxcompileError
 from mxcompile.guides.guide import Guide, GuideError
 from mxcompile.guides.library import check_installed, make_matcher, make_tokenizer, shortened
-from mxcompile.guides.trial import Trial
+from mxcompile.guides.trial import STACK, Trial
 from mxcompile.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import llguidance
+
+
+T = TypeVar("T")
 
 
 class GuideCompiler:
@@ -50,7 +54,8 @@ class GuideCompiler:
             tokenizer, known_N = self._ready()
             assert self._trial is not None
             grammar = self._trial.compile(guide)
-            make = partial(_Follower, make_matcher(tokenizer, grammar, guide.kind), known_N)
+            matcher = _with_deep_stack(lambda: make_matcher(tokenizer, grammar, guide.kind))
+            make = partial(_Follower, matcher, known_N)
             try:
                 make().allowed()  # with the whole vocabulary; too much of it is told here and not at the first token
             except ConstraintError as error:
@@ -81,6 +86,26 @@ class GuideCompiler:
             known_N = np.array([bool(token) for token in tokens])
             self._made = make_tokenizer([*tokens, b"<end of the answer>"], special, encode), known_N
         return self._made
+
+
+def _with_deep_stack(work: Callable[[], T]) -> T:
+    """Do `work` with twice the stack that was enough in the trial."""
+    found: Future[T] = Future()
+
+    def do() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+
+    before = threading.stack_size(2 * STACK)  # of the next thread; one that another thread starts now gets as much, too
+    try:
+        thread = threading.Thread(target=do)
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    return found.result()
 
 
 class _Follower:

@@ -2,7 +2,8 @@
 
 A grammar of a few kilobytes can take the library minutes, gigabytes, or the whole stack, which ends the process. So each
 guide is first compiled in a child process with bounded time, memory and stack: `python -m mxcompile.guides.trial FD`.
-What passes there passes in this process, too, where the compiler has more of everything.
+What passes there passes in this process, too, where the compiler has more of everything. (Only compiling goes deep: the steps of
+an answer need no more stack for a deep grammar than for a flat one.)
 
 Messages in, over an inherited socket, as JSON: first the vocabulary, {"size", "special": [[id, text], ...]}; then guides,
 {"kind", "text"}. Messages out, one for each guide: {"grammar"} in the library's form, or {"error"}.
@@ -27,7 +28,7 @@ from mxcompile.guides.guide import Guide, GuideError
 
 SECONDS = 2  # of processor time for one guide; a large schema takes a tenth
 _MOST_MEMORY = 2 << 30  # bytes of address space
-_STACK = 1 << 20  # bytes; threads of the compiling process have at least twice that
+STACK = 16 << 20  # bytes; enough for some thousand definitions inside each other
 _HANG_S = 300.0  # only a stopped process takes that long
 
 
@@ -86,7 +87,7 @@ def main() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY if hard < 0 else min(_MOST_MEMORY, hard), hard))
     connection = Connection(int(sys.argv[1]))
-    threading.stack_size(_STACK)
+    threading.stack_size(STACK)
     thread = threading.Thread(target=_serve, args=(connection,))
     thread.start()
     thread.join()

@@ -296,6 +296,14 @@ def test_a_guide_that_would_hang_or_end_the_process_ends_another_one(compiler, k
     assert compiler.compile(Guide("regex", "a"))().allowed()[0].any()
 
 
+def test_definitions_may_lie_deep_inside_each_other(compiler):
+    inside = {
+        f"d{i}": {"properties": {"a": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}, {"type": "null"}]}}} for i in range(300)
+    }
+    make = compiler.compile(schema(**{"$ref": "#/$defs/d0", "$defs": inside | {"d300": {"type": "integer"}}}))
+    assert make().allowed()[0].any()
+
+
 def test_engines_without_a_fitting_tokenizer(tokenizer):
     with pytest.raises(MxcompileError, match="needs a tokenizer, which this engine was built without"):
         GuideCompiler(None, 23).compile(Guide("json"))
