@@ -18,6 +18,7 @@ from engines.tensorrt.device import compute_capability
 from engines.tensorrt.gpus import Gpu, check_at_hand, find_gpu
 from mxcompile import __version__
 from mxcompile.building import BuildSummary, StageByName, check_limits, engine_sizes, referenced_bytes
+from mxcompile.disk_space import check_space, written_weights
 from mxcompile.errors import EnvironmentProblem, MxcompileError
 from mxcompile.exporting import graph, open_checkpoint, peak_memory
 from mxcompile.progress import Progress, SilentProgress, StageClock
@@ -95,6 +96,11 @@ def build_tensorrt(
         )
         key = _key(request)
         known = None if force else _finished(Path(output), key)
+        if known is None:
+            needed = written_weights(
+                plan, opened, dtype, strip_weights=strip_weights, quantize_experts=quantize_experts
+            )
+            check_space(needed, Path(output), _less_space(dtype, strip_weights, quantize_experts))
     referenced = 0
     if known is None:
         with EngineDirWriter(output, force=force) as writer:
@@ -148,6 +154,14 @@ def _build_engine(
     referenced = referenced_bytes(model, assembled=True) if request.strip_weights else 0
     engine = build(model, writer, request, report)
     return (engine if error is None else dataclasses.replace(engine, quantization=error.described())), referenced
+
+
+def _less_space(dtype: str, strip_weights: bool, quantize_experts: str | None) -> str:
+    hint = "free some or choose another output folder"
+    if not strip_weights:
+        return f"{hint}, or leave the weights in the checkpoint with --strip-weights"
+    copied = "with int8 experts" if quantize_experts else f"in {dtype}"
+    return f"{hint} (only weights {copied} are written; those in the checkpoint's own type stay there)"
 
 
 def _key(request: Any) -> str:

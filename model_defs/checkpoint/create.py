@@ -43,6 +43,7 @@ def create_checkpoint(
     max_shard_bytes: int | None = None,
     with_tokenizer: bool = True,
     schema: Schema | None = None,
+    hollow: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Checkpoint:
     """Writes a checkpoint of `config` with random weights to the new folder `folder` and opens it.
@@ -54,6 +55,8 @@ def create_checkpoint(
             even small checkpoints have shards and an index.
         schema: how config.json is written; "vl-01" prefixes the tensors, and only there a vision half can be. Default: "vl-01" for a
             model with a vision half, "original" for others.
+        hollow: no weights: holes of their size, which read as zeros. What looks at names, shapes and sizes only can then be tried at
+            full size.
 
     The folder appears only when it is whole: everything is written to a sibling, which is removed on any failure.
 
@@ -80,7 +83,7 @@ def create_checkpoint(
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _require_space(target.parent, sum(tensor.nbytes for tensor in tensors))
+        _require_space(target.parent, 0 if hollow else sum(tensor.nbytes for tensor in tensors))
         partial.mkdir()
         try:
             (partial / CONFIG_FILE).write_text(config_text, encoding="utf-8")
@@ -90,7 +93,8 @@ def create_checkpoint(
                 (partial / PREPROCESSOR_FILE).write_text(text, encoding="utf-8")
             if with_tokenizer:
                 write_tokenizer(config, partial)
-            _write_weights(config, tensors, partial, seed, dtype, max_shard_bytes, on_progress)
+            values = None if hollow else _random(config, seed, dtype)
+            _write_weights(tensors, partial, values, max_shard_bytes, on_progress)
             if target.exists():
                 target.rmdir()
             partial.rename(target)
@@ -119,12 +123,14 @@ def _write_generation_config(config: ModelConfig, folder: Path) -> None:
     (folder / GENERATION_CONFIG_FILE).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 
+def _random(config: ModelConfig, seed: int, dtype: WeightType) -> Callable[[PlannedTensor], Iterator[NDArray]]:
+    return lambda tensor: random_blocks(config, tensor.name, tensor.shape, seed=seed, dtype=dtype)
+
+
 def _write_weights(
-    config: ModelConfig,
     tensors: list[PlannedTensor],
     folder: Path,
-    seed: int,
-    dtype: WeightType,
+    values: Callable[[PlannedTensor], Iterator[NDArray]] | None,
     max_shard_bytes: int | None,
     on_progress: OnProgress | None,
 ) -> None:
@@ -134,9 +140,6 @@ def _write_weights(
     names = shard_names(len(shards))
     done = 0
 
-    def blocks(tensor: PlannedTensor) -> Iterator[NDArray]:
-        return random_blocks(config, tensor.name, tensor.shape, seed=seed, dtype=dtype)
-
     def count(tensor: PlannedTensor) -> None:
         nonlocal done
         done += tensor.nbytes
@@ -144,7 +147,7 @@ def _write_weights(
             on_progress(done, total, tensor.name)
 
     for name, shard in zip(names, shards, strict=True):
-        write_safetensors(folder / name, shard, blocks, count)
+        write_safetensors(folder / name, shard, values, count)
     if len(shards) > 1:
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

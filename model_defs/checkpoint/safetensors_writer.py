@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from numpy.typing import NDArray
 
@@ -52,12 +53,25 @@ def shard_names(count: int) -> list[str]:
 def write_safetensors(
     path: Path,
     tensors: list[PlannedTensor],
-    blocks: Callable[[PlannedTensor], Iterator[NDArray]],
+    blocks: Callable[[PlannedTensor], Iterator[NDArray]] | None,
     on_tensor: Callable[[PlannedTensor], None] = lambda tensor: None,
 ) -> None:
-    """Writes one file. `blocks` gives a tensor's values as consecutive arrays of its dtype. Raises OSError when the
-    disk is full and CheckpointError when the values do not have the planned size.
+    """Writes one file. `blocks` gives a tensor's values as consecutive arrays of its dtype; without it the file ends in a hole of the
+    tensors' size, which reads as zeros and takes no space where the file system knows holes. Raises OSError when the disk is full and
+    CheckpointError when the values do not have the planned size.
     """
+    text = _header(path, tensors)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        if blocks is None:
+            file.truncate(8 + len(text) + sum(tensor.nbytes for tensor in tensors))
+        for tensor in tensors:
+            if blocks is not None:
+                _write_tensor(file, tensor, blocks(tensor))
+            on_tensor(tensor)
+
+
+def _header(path: Path, tensors: list[PlannedTensor]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without this mark
     offset = 0
     for tensor in tensors:
@@ -71,15 +85,15 @@ def write_safetensors(
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
         raise CheckpointError(f"{path.name}: too many tensors for one safetensors file; use smaller shards")
-    with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            written = 0
-            for block in blocks(tensor):
-                if block.dtype != DTYPES[tensor.dtype]:
-                    raise CheckpointError(f"tensor {tensor.name}: values are {block.dtype}, planned was {tensor.dtype}")
-                # Row-major bytes; ml_dtypes arrays do not offer the buffer protocol, bytes of them do.
-                written += file.write(block.tobytes())
-            if written != tensor.nbytes:
-                raise CheckpointError(f"tensor {tensor.name}: {written} bytes written, planned were {tensor.nbytes}")
-            on_tensor(tensor)
+    return text
+
+
+def _write_tensor(file: IO[bytes], tensor: PlannedTensor, blocks: Iterator[NDArray]) -> None:
+    written = 0
+    for block in blocks:
+        if block.dtype != DTYPES[tensor.dtype]:
+            raise CheckpointError(f"tensor {tensor.name}: values are {block.dtype}, planned was {tensor.dtype}")
+        # Row-major bytes; ml_dtypes arrays do not offer the buffer protocol, bytes of them do.
+        written += file.write(block.tobytes())
+    if written != tensor.nbytes:
+        raise CheckpointError(f"tensor {tensor.name}: {written} bytes written, planned were {tensor.nbytes}")
