@@ -6,8 +6,9 @@
 
 `tiny`, `small` and `pair` (one lightning and one softmax layer of text-01's width, 8 of its 32 experts, a small vocabulary) for the targets
 tensorrt-rtx, tensorrt and onnxruntime with its CUDA provider (float32 and bfloat16), as far as their Python modules are there.
-TensorRT-RTX names no Hopper: there it is asked to compile for the GPU at hand, whatever that is. Results in gpu-engines.json, replaced after every step; what the
-steps print in gpu-engines.log. Exit code 0; 1 where a step failed; 3 where there is no GPU or nothing to run. docs/gpu-runs.md says more.
+TensorRT-RTX names no Hopper: there it is asked to compile for the GPU at hand, whatever that is. Results in gpu-engines.json, replaced
+after every step; what the steps print in gpu-engines.log. Exit code 0; 1 where a step failed; 3 where there is no GPU or nothing to run.
+docs/gpu-runs.md says more.
 """
 
 from __future__ import annotations

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
 import lightning_bench  # noqa: E402
 import parts  # noqa: E402
 import run  # noqa: E402
+import slim_wheel  # noqa: E402
 import supervise  # noqa: E402
 
 from plugins.build import BuildResult, BuiltLibrary, _store_result, sources_digest  # noqa: E402
@@ -165,3 +168,32 @@ def test_without_a_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(sys, "argv", ["run.py", "bench"])
     assert run.main() == 3
     assert capsys.readouterr().err.startswith("error: no NVIDIA GPU found")
+
+
+def fat_binary(*entries: tuple[int, int, bytes]) -> bytes:
+    """Entries: kind, architecture, content."""
+    body = b""
+    for kind, arch, content in entries:
+        head = struct.pack("<HHIQ", kind, 1, 64, len(content)).ljust(28, b"\1") + struct.pack("<I", arch)
+        body += head.ljust(64, b"\2") + content
+    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body
+
+
+def test_a_slim_wheel_keeps_the_code_of_one_architecture_alone(tmp_path: Path) -> None:
+    ptx, old, new = b"p" * 80, b"o" * 72, b"n" * 96
+    stray = struct.pack("<I", 0xBA55ED50) + b"not one"
+    before = stray + fat_binary((2, 80, old), (2, 90, new), (1, 90, ptx)) + b"between" + fat_binary((2, 90, new))
+    source = tmp_path / "onnxruntime_gpu-1-py3-none-any.whl"
+    with zipfile.ZipFile(source, "w") as wheel:
+        wheel.writestr(f"onnxruntime/capi/{slim_wheel.CUDA_PROVIDER}", before)
+        wheel.writestr(f"onnxruntime/capi/{slim_wheel.TENSORRT_PROVIDER}", b"large")
+        wheel.writestr("onnxruntime/__init__.py", b"o" * 72)
+    with zipfile.ZipFile(slim_wheel.slim(source, tmp_path / "slim", 90)) as copy:
+        assert copy.namelist() == [f"onnxruntime/capi/{slim_wheel.CUDA_PROVIDER}", "onnxruntime/__init__.py"]
+        after = copy.read(copy.namelist()[0])
+        assert copy.read("onnxruntime/__init__.py") == b"o" * 72
+    assert after == before.replace(old, bytes(72)).replace(ptx, bytes(80))
+    with pytest.raises(ValueError, match="no machine code for sm_120"):
+        slim_wheel.slim(source, tmp_path / "slim", 120)
+    with pytest.raises(ValueError, match="name another folder"):
+        slim_wheel.slim(source, tmp_path, 90)
