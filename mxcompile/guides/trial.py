@@ -84,14 +84,19 @@ def main() -> int:
     """Serve the process at the other end until it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C on a terminal is for others to answer
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY if hard < 0 else min(_MOST_MEMORY, hard), hard))
+    _limit(resource.RLIMIT_AS, _MOST_MEMORY)
     connection = Connection(int(sys.argv[1]))
     threading.stack_size(STACK)
     thread = threading.Thread(target=_serve, args=(connection,))
     thread.start()
     thread.join()
     return 0
+
+
+def _limit(what: int, most: int) -> None:
+    """Take at most so much of a resource, or less where this machine allows less."""
+    _, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def _serve(connection: Connection) -> None:
@@ -109,8 +114,7 @@ def _serve(connection: Connection) -> None:
         tokenizer = make_tokenizer(tokens, list(special), lambda data: [plain[byte] for byte in data])
         while True:
             asked = json.loads(connection.recv_bytes())
-            _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time()) + SECONDS, hard))
+            _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + SECONDS)
             try:
                 answer = {"grammar": _tried(tokenizer, Guide(asked["kind"], asked["text"]))}
             except GuideError as error:

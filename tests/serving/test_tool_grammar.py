@@ -11,6 +11,7 @@ import random_model
 from mxcompile.errors import MxcompileError
 from mxcompile.guides import Guide, GuideError
 from mxcompile.guides.compiler import GuideCompiler
+from mxcompile.serving.openai.bodies import ChatBody
 from mxcompile.serving.openai.tool_grammar import tool_grammar
 from mxcompile.serving.openai.tools import ToolCalls, tool_use
 
@@ -136,6 +137,21 @@ def test_an_answer_is_calls_or_content_that_follows_its_schema(compiler, tokeniz
         assert not calls
     for text, calls in answers(compiler, tokenizer, use, family, content=content, begin=OPENING[family]):
         assert (text, len(calls)) == ("", 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_body_asks_for_the_grammar_of_its_family(family):
+    said = {"model": "m", "messages": [{"role": "user", "content": "Now?"}]}
+    (plain,) = ChatBody(**said).requests(family, False)
+    assert not any(name.startswith("guided") for name in plain)
+    (forced,) = ChatBody(**said, tools=tools(NOW), tool_choice="required").requests(family, False)
+    use = tool_use(tools(NOW), "required", None, family)
+    assert forced["text_input"].endswith(use.forced)
+    assert forced["guided_decoding_guide_type"] == "grammar"
+    assert forced["guided_decoding_guide"] == tool_grammar(use, family)
+    named = ChatBody(**said, response_format={"type": "json_object"}).requests(family, False)[0]
+    assert named["guided_decoding_guide_type"] == "json"
+    assert "guided_decoding_guide" not in named
 
 
 def test_where_nothing_is_asked_answers_are_free():
