@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,8 +208,18 @@ def open_weights(
         elif path.stat().st_size != file.size:
             raise EngineError(f"{path}: {path.stat().st_size} bytes, {name} expects {file.size}; rebuild the engine")
         with os_errors(f"mapping {path}"):
-            maps.append(np.memmap(path, np.uint8, "r") if file.size else np.empty(0, np.uint8))
+            maps.append(_mapped(path) if file.size else np.empty(0, np.uint8))
     return manifest, [StoredWeight(record, maps) for record in manifest.tensors]
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """The file's bytes. Python keeps a mapped file open, so this process may then open one file more than before, as far as the system
+    lets it: of hundreds of shards little of a usual limit of 1024 would be left for a server's connections.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and (hard == resource.RLIM_INFINITY or soft < hard):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft + 1, hard))
+    return np.memmap(path, np.uint8, "r")
 
 
 def map_weights(

@@ -13,6 +13,7 @@ import hashlib
 import json
 import mmap
 import os
+import resource
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -144,8 +145,12 @@ class Checkpoint:
                 expected = next(header.file_bytes for header in self._headers if header.file == path)
                 if file_size(path) != expected:
                     raise CheckpointError(f"{path}: changed while in use; start again")
-                with path.open("rb") as file:
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                try:
+                    _keep_open_files_free()
+                    with path.open("rb") as file:
+                        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                except OSError as error:
+                    raise CheckpointError(f"{path}: cannot be mapped ({os.strerror(error.errno or 0)})") from None
                 self._maps[path] = np.frombuffer(mapped, np.uint8)
             return self._maps[path]
 
@@ -170,6 +175,15 @@ class Checkpoint:
                     raise CheckpointError(f"{header.file}: cannot be read ({os.strerror(error.errno or 0)})") from None
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+
+def _keep_open_files_free() -> None:
+    """Let this process open one file more, as far as the system lets it: Python keeps a mapped file open, and of hundreds of shards
+    little of a usual limit of 1024 would be left for a server's connections.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and (hard == resource.RLIM_INFINITY or soft < hard):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft + 1, hard))
 
 
 def _sampled_blocks(size: int) -> Iterable[tuple[int, int]]:

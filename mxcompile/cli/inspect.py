@@ -11,6 +11,7 @@ import click
 from mxcompile.cli.options import PATH, Verb, json_option
 
 _TITLES = {"engine": "Engine", "checkpoint": "Checkpoint", "onnx": "ONNX file"}
+_MOST_FILES = 40
 
 
 @click.command(cls=Verb)
@@ -64,9 +65,19 @@ def _print(found: dict[str, Any]) -> None:
         rows = [(name, bytes_text(f["bytes"]), f["sha256"]) for name, f in found["files"].items()]
         print_table("Files", ("file", "size", "sha256"), rows)
     elif found["kind"] == "checkpoint":
-        print_table("Files", ("file", "size"), [(name, bytes_text(size)) for name, size in found["files"].items()])
+        print_table("Files", ("file", "size"), _file_rows(found["files"]))
         for problem in found["problems"]:
             click.echo(f"problem: {problem}")
+
+
+def _file_rows(files: dict[str, int]) -> list[tuple[str, str]]:
+    """A line per file, or one of all where a screen does not take them; --json has each."""
+    from mxcompile.cli.output import bytes_text
+
+    names = list(files)
+    if len(names) <= _MOST_FILES:
+        return [(name, bytes_text(size)) for name, size in files.items()]
+    return [(f"{names[0]} to {names[-1]}, {len(names)} files", bytes_text(sum(files.values())))]
 
 
 def _memory_rows(ranks: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,28 @@ def test_a_build_that_the_disk_has_no_room_for_is_refused_at_once(
         )
     assert caught.value.exit_code == 3
     assert not (tmp_path / "engine").exists()
+
+
+def test_mapping_every_shard_leaves_as_many_files_to_open_as_before(text01: Checkpoint) -> None:
+    """In a process of its own, whose limit is below the number of shards."""
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 2000))\n"
+        "from model_defs.checkpoint.reader import Checkpoint\n"
+        "opened = Checkpoint.open(sys.argv[1])\n"
+        "assert {opened.array(name).nbytes for name in opened.entries}\n"
+        "print(len(opened.files), len([open(sys.argv[1] + '/config.json') for _ in range(40)]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, text01.folder], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [str(len(text01.files)), "40"], done.stderr
+    assert len(text01.files) > 200
+
+
+def test_hundreds_of_shards_take_one_line(text01: Checkpoint) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mxcompile", "inspect", text01.folder], capture_output=True, text=True, check=True
+    )
+    count = len(text01.files)
+    assert f"model-00001-of-{count:05d}.safetensors to model-{count:05d}-of-{count:05d}.safetensors, {count} files" in (
+        " ".join(done.stdout.split())
+    )
+    assert done.stdout.count(".safetensors") == 2
