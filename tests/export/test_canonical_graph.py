@@ -123,11 +123,20 @@ def test_verifier_refuses_a_lost_lightning_layer() -> None:
 def test_decay_and_rotary_numbers_are_baked_in_fp32() -> None:
     from model_defs.constants import decay_slopes, rotary_frequencies
 
-    config = tiny_config()
+    config = tiny_config(mlp_scale=ResidualScale(1.9, 0.7))
     graph = trace_model(config, "bfloat16")
     constants = [n.attributes["value"].as_tensor().numpy() for n in graph.graph if "value" in n.attributes]
     for expected in (-decay_slopes(config, 0), -decay_slopes(config, 2), rotary_frequencies(8, 1e7)):
         assert any(c.dtype == np.float32 and np.array_equal(c, expected) for c in constants)
+    factors = {}
+    for node in graph.graph:
+        if "value_float" in node.attributes:
+            factors[node.attributes["value_float"].value] = [use.node for use in node.outputs[0].uses()]
+    assert factors.keys() >= {1.9, 0.7}
+    for product in (*factors[1.9], *factors[0.7]):  # a residual's factor of 16 bits would be off by up to 2e-3
+        widened = product.inputs[0].producer()
+        assert (product.op_type, widened.op_type) == ("Mul", "Cast")
+        assert widened.attributes["to"].value == ir.DataType.FLOAT
 
 
 def test_nodes_say_what_runtimes_must_do() -> None:

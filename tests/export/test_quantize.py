@@ -77,7 +77,7 @@ class Counting:
 def test_weights_are_read_once_and_when_they_are_asked_for(tiny: Path) -> None:
     checkpoint = Checkpoint.open(tiny)
     source = Counting(checkpoint)
-    model = bound_graph(checkpoint.config, "bfloat16", source)  # type: ignore[arg-type]
+    model = bound_graph(checkpoint.config.truncated(2), "bfloat16", source)  # type: ignore[arg-type]
     quantize = QuantizeExperts()
     quantize(model)
     assert source.read == 0
@@ -96,7 +96,7 @@ def test_weights_are_read_once_and_when_they_are_asked_for(tiny: Path) -> None:
 
 def test_a_graph_without_a_checkpoint_cannot_be_quantized(tiny: Path) -> None:
     with pytest.raises(ExportError, match="not bound to a checkpoint"):
-        QuantizeExperts()(graph(Checkpoint.open(tiny).config, "float32"))
+        QuantizeExperts()(graph(Checkpoint.open(tiny).config.truncated(2), "float32"))
 
 
 def test_onnxruntime_runs_int8_experts_as_pytorch_does(tiny: Path, tmp_path: Path) -> None:
