@@ -14,7 +14,10 @@ from engines.interface import RowSnapshot
 
 def integers(values: Any) -> np.ndarray:
     """Token ids or lengths as an array; an empty one may have any type."""
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise EngineError("token ids must have as many tokens in each row; pad rows on the right") from None
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise EngineError(f"token ids and lengths must be integers, not {array.dtype}")
     return array

@@ -5,6 +5,7 @@ Legend: B batch, T new tokens, N vocabulary.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -56,7 +57,7 @@ class Generation:
         `images`: those of each prompt, whose places are the prompt's image tokens (`engines.vision.prompts.expand`).
         """
         self._session = session
-        self._prompts = [[int(token) for token in prompt] for prompt in prompts]
+        self._prompts = [_token_ids(row, prompt) for row, prompt in enumerate(prompts)]
         configs = _configs(config, len(self._prompts))
         _check_batch(session, len(self._prompts))
         self._prefill_chunk = prefill_chunk
@@ -228,6 +229,13 @@ def check_bias(config: GenerationConfig, vocab_size: int) -> None:
     for token, _ in config.logit_bias:
         if token >= vocab_size:
             raise GenerationError(f"logit_bias has token {token}, but the vocabulary is 0 to {vocab_size - 1}")
+
+
+def _token_ids(row: int, prompt: Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise GenerationError(f"prompt {row} must be a list of token ids, which are whole numbers") from None
 
 
 def _configs(config: GenerationConfig | Sequence[GenerationConfig] | None, count: int) -> list[GenerationConfig]:

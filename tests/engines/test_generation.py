@@ -247,6 +247,9 @@ def test_timing_is_filled_in():
         ([[1] * 65], "prompt 0 has 65 tokens, but the engine holds at most 64"),
         ([[1, VOCAB]], f"prompt 0 has token {VOCAB}, but the vocabulary is 0 to {VOCAB - 1}"),
         ([[-1]], "prompt 0 has token -1"),
+        ([[1], [1.5]], "prompt 1 must be a list of token ids"),
+        (["text"], "prompt 0 must be a list of token ids"),
+        ([1, 2], "prompt 0 must be a list of token ids"),
         ([[1]] * 9, "9 prompts are more than the engine's batch size of 8"),
     ],
 )

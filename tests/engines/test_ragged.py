@@ -134,3 +134,20 @@ def test_a_row_that_would_pass_the_limit_is_named_before_anything_runs():
     assert state.seen == [[1], [2] * LONGEST]
     Remembering().prefill([[3], []], state)  # a full row that gets nothing is in nobody's way
     assert state.seen[0] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("ids", "new", "message"),
+    [
+        ([[1], [2, 3]], [1, 2], "pad rows on the right"),
+        ([[1.0], [2.0]], [1, 1], "must be integers"),
+        ([[1], [2]], [1, 2], "do not lie within 0 and the 1 tokens"),
+        ([[1], [2]], [1], "one new length per row"),
+        ([[1], [VOCABULARY]], [1, 1], "outside the vocabulary"),
+    ],
+)
+def test_tokens_that_make_no_step_are_refused(ids, new, message):
+    state = Rows([[], []])
+    with pytest.raises(EngineError, match=message):
+        Remembering().forward(ids, new, state)
+    assert state.seen == [[], []]
