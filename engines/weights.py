@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import mmap
 import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -159,6 +160,13 @@ class StoredWeight:
     def blocks(self, staging: np.ndarray) -> Iterator[np.ndarray]:
         """The bytes in order, at most `len(staging)` at a time; see `engines.pieces.blocks`."""
         return blocks(self.record.pieces, self._files, staging)
+
+    def forget(self) -> None:
+        """Let go of the memory that reading mapped files took of this process; the system may keep their pages for the next reader."""
+        for index in self.record.files:
+            mapped = self._files[index].base
+            if isinstance(mapped, mmap.mmap):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def array(self) -> np.ndarray:
         """The weight: a read-only view where it is a run of one file, else put together in memory."""

@@ -1,5 +1,5 @@
 """Copy an engine's weights to the device. Those that are put together of a checkpoint's bytes go through one buffer of host memory, so a
-weight of gigabytes takes no more of it than that.
+weight of gigabytes takes no more of it than that; pages of the checkpoint's files are let go of weight by weight.
 """
 
 from __future__ import annotations
@@ -31,4 +31,5 @@ def load_weights(
             device.upload(address, block)
             address += len(block)
             tick()
+        weight.forget()
     return addresses

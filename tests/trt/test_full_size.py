@@ -110,6 +110,31 @@ def test_mapping_every_shard_leaves_as_many_files_to_open_as_before(text01: Chec
     assert len(text01.files) > 200
 
 
+def test_loading_gives_the_memory_of_files_back(text01: Checkpoint) -> None:
+    """Eight weights of 256 MiB, runs and alternating rows of a shard, in a process that holds one of them at a time."""
+    script = (
+        "import resource, sys; import numpy as np\n"
+        "from engines.pieces import Piece, Strand; from engines.weights import StoredWeight, WeightRecord\n"
+        "from engines.tensorrt.loading import load_weights\n"
+        "class Device:\n"
+        "    given = 0\n"
+        "    def allocate(self, nbytes): return 0\n"
+        "    def upload(self, address, block): self.given += len(block)\n"
+        "n = 1 << 28; files = [np.memmap(sys.argv[1], np.uint8, 'r')]\n"
+        "half = n // 2 // 12288 * 12288\n"
+        "def piece(i):\n"
+        "    woven = Strand(0, i * n, 12288), Strand(0, i * n + half, 12288)\n"
+        "    return Piece(woven, 12288, half // 12288) if i % 2 else Piece.run(0, i * n, n)\n"
+        "records = [WeightRecord(str(i), 'int8', [p.nbytes], p.nbytes, (p,)) for i, p in enumerate(map(piece, range(8)))]\n"
+        "device = Device(); load_weights(device, [StoredWeight(r, files) for r in records])\n"
+        "print(device.given >> 20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, text01.files[1]], capture_output=True, text=True, check=False)
+    given, most = map(int, done.stdout.split())
+    assert given >= 2047, done.stderr
+    assert most < 600  # MiB: 256 of one weight, 64 of the buffer, and what Python takes
+
+
 def test_hundreds_of_shards_take_one_line(text01: Checkpoint) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mxcompile", "inspect", text01.folder], capture_output=True, text=True, check=True

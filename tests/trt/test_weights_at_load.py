@@ -71,7 +71,7 @@ def placed(model: ir.Model, source: Checkpoint, folder: Path, assembled: bool) -
 
 
 def on_device(manifest: Manifest, roots: dict[str, Path], staging: int) -> dict[str, bytes]:
-    files = [np.fromfile(roots[file.root] / file.name, np.uint8) for file in manifest.files]
+    files = [np.memmap(roots[file.root] / file.name, np.uint8, "r") for file in manifest.files]
     device = HostDevice()
     addresses = load_weights(device, [StoredWeight(record, files) for record in manifest.tensors], staging=staging)
     sizes = {record.name: record.nbytes for record in manifest.tensors}
