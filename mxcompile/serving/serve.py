@@ -81,7 +81,9 @@ def serve(
 
 @contextlib.contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets; a second SIGINT interrupts."""
+    """An event that the first SIGTERM or SIGINT sets; a second SIGINT interrupts. A second SIGTERM does nothing, also behind the
+    block: who asks twice while the process is ending must not make a failure of it.
+    """
     stopping = threading.Event()
 
     def stop(number: int, frame: object) -> None:
@@ -94,4 +96,5 @@ def _signals() -> Iterator[threading.Event]:
         yield stopping
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            ending = stopping.is_set() and number == signal.SIGTERM
+            signal.signal(number, signal.SIG_IGN if ending else handler)

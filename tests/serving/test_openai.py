@@ -361,4 +361,8 @@ def test_a_full_queue_and_a_stop_with_running_streams(start_server):
         assert first.choices[0].finish_reason is None
         ends = [piece.choices[0].index for piece in rest if piece.choices[0].finish_reason == "length"]
         assert sorted(ends) == list(range(16)), "every answer came to its end"
+    until(
+        lambda: server.process.poll() is not None or server.process.terminate(),
+        "asked again and again, it does not end",
+    )
     assert server.stop() == 0, server.log.read_text()
