@@ -7,6 +7,7 @@ import io
 import queue
 import random
 import signal
+import sys
 
 import numpy as np
 import psutil
@@ -194,3 +195,11 @@ def test_two_images_have_two_digests(vision):
     cut = dataclasses.replace(vision, mean=[0.0, 0.0, 0.0])
     assert looked_at(one, vision).digest == looked_at(one, vision).digest
     assert len({looked_at(*asked).digest for asked in ((one, vision), (two, vision), (one, cut))}) == 3
+
+
+def test_a_machine_without_pillow_says_what_is_missing(vision, monkeypatch):
+    data = encoded(picture(9, 9))
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(RequestError, match=r"reading images needs Pillow.*mxcompile\[vision\]") as refused:
+        looked_at(data, vision)
+    assert refused.value.kind == "internal", "the server's fault, not the request's"
