@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from served import LIMIT_S
 from test_triton import over_grpc
 
 from mxcompile.chat import render
+from mxcompile.guides import Guide
 
 openai = pytest.importorskip("openai")
 A, B, C = encoded(picture(60, 40, 1)), encoded(picture(50, 100, 2), "WEBP"), encoded(picture(28, 28, 3), "JPEG")
@@ -83,6 +85,14 @@ def test_several_answers_about_one_image(client, vl_loaded):
             render([said("<image>")]), images=[C], max_new_tokens=8, temperature=0.8, top_k=5, seed=7 + choice.index
         )
         assert choice.message.content == expected.text
+
+
+def test_an_answer_about_an_image_follows_a_guide(client, vl_loaded):
+    regex = "[a-c]{3}-[0-9]{2}"
+    expected = vl_loaded.generate(render([said("<image>")]), images=[A], guide=Guide("regex", regex), max_new_tokens=20)
+    answer = chat(client, [user(part(A))], max_tokens=20, extra_body={"structured_outputs": {"regex": regex}})
+    assert answer.choices[0].message.content == expected.text
+    assert re.fullmatch(regex, expected.text)
 
 
 def test_clients_with_and_without_images_beside_each_other(vl_server, installation, vl_loaded):
