@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from engines import load
 from engines.directory import read_config
 from engines.errors import EngineError
+from engines.onnxruntime.session import QUANTIZED_PREFILL_FROM
 from engines.onnxruntime.session import load as load_onnxruntime
 from model_defs.presets import preset
 from model_defs.quantization import WHOLE, dequantize_blocks, quantize_blocks
@@ -100,7 +101,8 @@ def test_the_engine_computes_what_pytorch_does_with_weights_rounded_alike(
     """All graphs, on the prompt in one piece (experts as products) and token by token (QMoE). Without packed weights activations are
     fp32, and so are the limits; as users run it, the engine is as near PyTorch with int8 activations as rounding ties allow.
     """
-    prompts = [list(range(1, 60)), [9, 8]]
+    prompts = [list(range(1, 101)), list(range(400, 300, -1))]
+    assert sum(map(len, prompts)) >= QUANTIZED_PREFILL_FROM
 
     def logits(session: PyTorchSession | object) -> np.ndarray:
         state = session.new_state(2)  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from engines import load
 from engines.directory import read_config
+from engines.onnxruntime.session import QUANTIZED_PREFILL_FROM
 from engines.weights import map_weights
 from export.errors import ExportError
 from export.parallel.mapping import ParallelMapping
@@ -148,9 +149,11 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 def walk(session: Any) -> tuple[np.ndarray, list[list[int]]]:
-    """A prompt in two chunks with the graph for several tokens, then greedy steps with the one for single tokens."""
+    """Two prompts, of which 96 tokens each go to the graph for many tokens at once, the rest and greedy steps to the other."""
     state = session.new_state(2)
-    logits, tokens = [session.prefill([list(range(1, 80)), [9, 8]], state, chunk=48)], []
+    prompts = [list(range(1, 101)), list(range(400, 300, -1))]
+    assert 2 * 96 >= QUANTIZED_PREFILL_FROM > 2 * 4
+    logits, tokens = [session.prefill(prompts, state, chunk=96)], []
     for _ in range(24):
         tokens.append(logits[-1].argmax(-1).tolist())
         logits.append(session.decode(tokens[-1], state))
