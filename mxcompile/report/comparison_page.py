@@ -4,12 +4,12 @@ value there (`data-key`) and the value itself (`data-value`), so that a test, or
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+from mxcompile.bench.agreement import SAME
 from mxcompile.cli.output import bytes_text
 from mxcompile.report import drift_section, parts, perplexity_section
 from mxcompile.report import html as validation_page
@@ -196,6 +196,10 @@ def _table(values: Values, title: str, text: str, columns: Sequence[Column]) -> 
     )
 
 
+def _change(text: str) -> str:
+    return "same" if text == SAME else escape(text)  # the sentence above the table says within what
+
+
 def _baseline(values: Values) -> str:
     found = values["baseline"]
     if not found or not found["rows"]:
@@ -204,15 +208,15 @@ def _baseline(values: Values) -> str:
         ("First token before", "old_ttft_s", _ms),
         ("now", "ttft_s", _ms),
         ("ratio", "ttft_s_ratio", number),
-        ("change", "ttft_s_change", escape),
+        ("change", "ttft_s_change", _change),
         ("Next token before", "old_itl_s", _ms),
         ("now ", "itl_s", _ms),
         ("ratio ", "itl_s_ratio", number),
-        ("change ", "itl_s_change", escape),
+        ("change ", "itl_s_change", _change),
         ("p99, ratio", "itl_p99_s_ratio", number),
-        ("change  ", "itl_p99_s_change", escape),
+        ("change  ", "itl_p99_s_change", _change),
         ("Peak memory, ratio", "peak_bytes_ratio", number),
-        ("change   ", "peak_bytes_change", escape),
+        ("change   ", "peak_bytes_change", _change),
     )
     lines = []
     for index, row in enumerate(found["rows"]):
@@ -221,7 +225,7 @@ def _baseline(values: Values) -> str:
         lines.append(f"<tr>{head}{cells}</tr>")
     text = (
         f"<p>Against {escape(found['name'])} of {escape(found['created'])}. A number changed where the intervals of the two medians do "
-        "not touch: "
+        "not touch (else it is the same within the spread): "
         + parts.value("baseline.changed", found["changed"], str(found["changed"]))
         + " of "
         + parts.value("baseline.numbers", found["numbers"], str(found["numbers"]))
@@ -278,10 +282,11 @@ _ELSEWHERE = ("_head", "_verdict", "_environment")  # sections of the validation
 def _not_run(values: Values) -> str:
     lists = []
     if values["not_run"]:
-        items = "".join(f"<li>{escape(item['what'])}: {escape(item['reason'])}</li>" for item in values["not_run"])
-        lists.append(f"<h3>Not run</h3><ul>{items}</ul>")
+        lists.append(
+            "<h3>Not run</h3>" + parts.bullets(f"{item['what']}: {item['reason']}" for item in values["not_run"])
+        )
     if values["notes"]:
-        lists.append("<h3>To know</h3><ul>" + "".join(f"<li>{escape(text)}</li>" for text in values["notes"]) + "</ul>")
+        lists.append("<h3>To know</h3>" + parts.bullets(values["notes"]))
     return parts.section("Not run, and to know", "".join(lists)) if lists else ""
 
 
@@ -296,11 +301,11 @@ def _machines(values: Values) -> str:
             "Load average before and after": f"{_loads(env.get('load_average_before'))}; {_loads(env.get('load_average_after'))}",
             "Commit": env.get("commit") or "not from a source tree",
             "Libraries": ", ".join(f"{name} {version}" for name, version in env.get("libraries", {}).items()),
-            "Engine": json.dumps(item["engine"]),
+            "Engine": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in (item["engine"] or {}).items()),
             "Checkpoint": (item["checkpoint"] or {}).get("fingerprint", "unknown"),
         }
         lines = "".join(f'<tr><th scope="row">{escape(k)}</th><td>{escape(str(v))}</td></tr>' for k, v in facts.items())
-        rows.append(f"<h3>{escape(item['bench'])}</h3><table><tbody>{lines}</tbody></table>")
+        rows.append(f"<h3>{escape(item['bench'])}</h3><table class='stack facts'><tbody>{lines}</tbody></table>")
     return parts.section("Machine and method", "".join(rows)) if rows else ""
 
 

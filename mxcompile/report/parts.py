@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
+
+_CODE = re.compile("`([^`]+)`")
 
 
 def section(title: str, content: str) -> str:
@@ -29,6 +32,12 @@ def cell(name: str, key: str, value: Any, show: Callable[[Any], str]) -> str:
     if value is None or value == "":
         return "<td></td>"
     return f'<td class="n" data-name="{escape(name.strip())}" {_data(key, value)}>{show(value)}</td>'
+
+
+def bullets(items: Iterable[str]) -> str:
+    """A list of sentences, with what stands between backticks as code."""
+    shown = (_CODE.sub(r"<code>\1</code>", escape(item)) for item in items)
+    return "<ul>" + "".join(f"<li>{item}</li>" for item in shown) + "</ul>"
 
 
 def value(key: str, value: Any, text: str) -> str:

@@ -24,7 +24,7 @@ p{margin:6px 0;max-width:90ch}
 .passed{background:var(--good-ground);border-color:var(--good)}
 .failed{background:var(--bad-ground);border-color:var(--bad)}
 .inconclusive{background:var(--open-ground);border-color:var(--open)}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,200px),1fr));gap:12px}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,200px),1fr));gap:12px;margin-top:16px}
 .card{background:var(--panel);border-radius:8px;padding:10px 14px}
 .card b{display:block;font-size:1.35rem;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:16px;align-items:start}
@@ -54,6 +54,9 @@ th,td{text-align:left;padding:5px 10px 5px 0;border-bottom:1px solid var(--rule)
 th{font-weight:600;color:var(--soft)}
 thead th{overflow-wrap:normal}
 th[scope=row]{color:var(--ink)}
+.scroll th[scope=row]{min-width:11em}
+.facts th[scope=row]{width:13em;overflow-wrap:normal}
+code{font-size:.92em}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 tr.group th{color:var(--ink);padding-top:14px}
 .tag{display:inline-block;border-radius:4px;padding:0 7px;font-size:.85rem;font-weight:600;white-space:nowrap}
@@ -65,7 +68,7 @@ ul{margin:6px 0;padding-left:20px}
  .stack thead{display:none}
  .stack tr{display:block;padding:8px 0;border-bottom:1px solid var(--rule)}
  .stack tr.group{padding-bottom:0;border:0}
- .stack td,.stack th[scope=row]{display:block;border:0;padding:1px 0;text-align:left;white-space:normal}
+ .stack td,.stack th[scope=row]{display:block;width:auto;border:0;padding:1px 0;text-align:left;white-space:normal}
  .stack td.n{display:inline-block;margin-right:14px}
  .stack td[data-name]::before{content:attr(data-name) ": ";color:var(--soft)}
 }
