@@ -6,9 +6,11 @@ them lie within rounding, so the choice is made in front, in float32.
 Rules:
 1. A node whose logits have the tokens' type stays as it is.
 2. The k largest logits are taken in float32. Their distances to the largest, at most 0, are rounded to the tokens' type; experts that were
-   not chosen get a number whose exponential is 0. The operator chooses the same experts, and a routing weight is off by at most
-   half a unit of the last place of a distance: relatively |distance| * 2^-9 in bfloat16, 2^-12 in float16.
-3. Routing weights must be divided by their sum, as canonical ones are: then what was not chosen has no part in them.
+   not chosen get a number whose exponential is 0. So the operator chooses the same experts.
+3. Of two chosen experts the first one's logit, which would be 0, is what rounding took from the second one's, with the other sign: the
+   operator only sees the difference, which is then right to twice the digits. With other k a routing weight is off by up to
+   |distance| * 2^-9 of itself in bfloat16, 2^-12 in float16.
+4. Routing weights must be divided by their sum, as canonical ones are: then what was not chosen has no part in them.
 """
 
 from __future__ import annotations
@@ -54,6 +56,12 @@ def _route(node: ir.Node, router: ir.Value, dtype: ir.DataType) -> None:
     top, chosen = put("TopK", router, count, outputs=2, axis=-1)
     largest = put("Slice", top, zero, one, last_axis)[0]  # the first; ReduceMax would need cuDNN
     distance = put("Sub", top, largest)[0]
+    if node.attributes["k"].as_int() == 2:
+        near = put("Cast", put("Cast", distance, to=int(dtype))[0], to=int(ir.DataType.FLOAT))[0]
+        two = constant_before(node, np.array([2], np.int64))
+        lost = put("Slice", put("Sub", distance, near)[0], one, two, last_axis)[0]
+        first = constant_before(node, np.array([1.0, 0.0], np.float32))
+        distance = put("Sub", near, put("Mul", lost, first)[0])[0]
     shape = put("Shape", router)[0]
     none = put("Expand", constant_before(node, np.array(NOT_CHOSEN, np.float32)), shape)[0]
     logits = put("ScatterElements", none, chosen, distance, axis=-1)[0]
