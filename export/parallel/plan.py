@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from export.contract import state_specs
 from export.errors import ExportError
@@ -114,6 +114,7 @@ class ShardingPlan:
     def __init__(self, config: ModelConfig, mapping: ParallelMapping) -> None:
         mapping.check(config)
         self.config, self.mapping = config, mapping
+        self._held: dict[int, dict[str, int]] = {}  # by rank
 
     def pieces(self, shared: Shared) -> int:
         """Into how many different pieces `shared` is cut."""
@@ -163,7 +164,9 @@ class ShardingPlan:
 
     def rank_parameters(self, rank: int) -> dict[str, int]:
         """Elements that `rank` holds of every parameter."""
-        return {name: self.part(name, rank).size for name in self.shapes}
+        if rank not in self._held:
+            self._held[rank] = {name: self.part(name, rank).size for name in self.shapes}
+        return self._held[rank]
 
     def state_dims(self, rank: int) -> dict[str, tuple[int | str, ...]]:
         """Dimensions of the rank's states by input name; as `export.contract.state_specs`, with the rank's heads."""
@@ -214,6 +217,7 @@ class ShardingPlan:
         return tuple(item for item in found if item.count)
 
 
+@lru_cache(maxsize=4096)  # a plan asks hundreds of times about each of a thousand names
 def rule_of(name: str) -> Rule:
     """The one rule for a parameter; ExportError when the table has none, so that no weight is replicated by accident."""
     for rule in RULES:
