@@ -23,7 +23,7 @@ from engines.interface import Positions, RowSnapshot, StepResult, check_start
 from engines.vision.placed import PlacedImages
 from export.contract import IMAGE_FEATURES, LOGITS, TOKEN_INPUTS, hidden_tap, image_inputs, router_tap, state_specs
 from model_defs.text_model import TextModel
-from mxcompile.backends.weights import Rounding, load_model
+from mxcompile.backends.weights import Rounding, load_model, too_large
 
 if TYPE_CHECKING:
     from engines.vision.pixels import PreparedImage
@@ -51,13 +51,16 @@ class PyTorchSession:
         prefill_chunk: int = 512,
         checkpoint: CheckpointReference | None = None,
         vision: PyTorchVision | None = None,
+        streams: bool = False,
     ) -> None:
         """Args:
         model: with its weights; its dtype is the session's.
         threads: CPU threads of torch while this session computes; default: torch's own setting.
         max_seq_len: default: the model's max_position_embeddings.
         vision: the vision half, of a model whose configuration has one.
+        streams: the model's matrices are read from the checkpoint whenever they are used.
         """
+        self.streams = streams
         self.model = model.eval()
         self._threads = threads
         limit = model.config.max_position_embeddings if max_seq_len is None else max_seq_len
@@ -75,7 +78,7 @@ class PyTorchSession:
         quantize: str | None = None,
         int8_activations: bool = False,
         vision: bool = False,
-        stream: bool = False,
+        stream: bool | None = False,
         **options: Any,
     ) -> PyTorchSession:
         """Load a checkpoint folder (or an opened checkpoint).
@@ -89,6 +92,7 @@ class PyTorchSession:
             int8_activations: round what goes into products with those as well, as such an engine does.
             vision: with the vision half, if the checkpoint has one (float32 and float64 only).
             stream: leave the matrices in the checkpoint and read them whenever they are used; slower, for models larger than memory.
+                None: do so if the model takes more memory than there is.
             options: of the constructor.
 
         Raises CheckpointError or ConfigError for a bad checkpoint, EngineError for an unknown dtype.
@@ -102,6 +106,7 @@ class PyTorchSession:
         config = config if layers is None else config.truncated(layers)
         require_complete(opened, config)
         reference = CheckpointReference(str(opened.folder), opened.fingerprint())
+        stream = too_large(config, dtype) if stream is None else stream
         model = load_model(opened, config, rounding, stream)
         if int8_activations and quantize is not None:
             from mxcompile.backends.rounded_activations import round_activations
@@ -112,7 +117,7 @@ class PyTorchSession:
             from mxcompile.backends.vision import PyTorchVision
 
             half = PyTorchVision.load(opened, dtype)
-        return cls(model, checkpoint=reference, vision=half, **options)
+        return cls(model, checkpoint=reference, vision=half, streams=stream, **options)
 
     @property
     def config(self) -> EngineConfig:

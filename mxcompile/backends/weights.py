@@ -98,6 +98,16 @@ def load_model(
     return model
 
 
+def too_large(config: ModelConfig, dtype: str) -> bool:
+    """Whether the model takes more than four fifths of the memory that is to be had; the rest is for activations and states."""
+    from mxcompile.machine import available_memory
+
+    with torch.device("meta"):
+        needed = sum(parameter.nbytes for parameter in TextModel(config, DTYPES[dtype]).parameters())
+    available = available_memory()
+    return available is not None and needed > 0.8 * available
+
+
 class StreamedWeight(Weight):
     """A matrix, or a stack of them, that is read from the checkpoint whenever it is used."""
 

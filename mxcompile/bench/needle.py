@@ -146,7 +146,7 @@ def needle(
         moved = {"checkpoint": checkpoint["path"]} if checkpoint["moved"] else {}
         engine = load(folder, **options, **moved)
         # An engine with rounded weights is held against PyTorch with the same.
-        options |= reference_options(config)
+        options |= reference_options(config) | {"stream": None}
         reference = PyTorchSession.load(checkpoint["path"], "float32", config.num_layers, **options)
     thresholds = thresholds_for(config)
     report = NeedleReport(

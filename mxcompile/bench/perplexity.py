@@ -221,6 +221,7 @@ def _open(
 
         if name != REFERENCE:
             options |= yardstick_options(config) if name == YARDSTICK else reference_options(config)
+        options["stream"] = None
         session = PyTorchSession.load(checkpoint["path"], _dtype(name, config, dtype), config.num_layers, **options)
 
     def predict(segment: Sequence[int]) -> Iterator[NDArray[np.float32]]:

@@ -27,6 +27,11 @@ from mxcompile.cli.options import PATH, Verb, threads_option, verbose_option
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Seed of the random prompts.")
 @threads_option
+@click.option(
+    "--stream-weights/--hold-weights",
+    default=None,
+    help="Let PyTorch read its weights from the checkpoint whenever it uses them, or hold them in memory.  [default: hold, if they fit]",
+)
 @click.option("--force", is_flag=True, help="Compare although the engine was built from another checkpoint.")
 @click.option(
     "--json", "json_file", metavar="FILE", help="Write all findings as JSON; - prints them instead of tables."
@@ -41,6 +46,7 @@ def command(
     reference_dtype: str,
     seed: int,
     threads: int | None,
+    stream_weights: bool | None,
     force: bool,
     json_file: str | None,
     html_file: Path | None,
@@ -64,6 +70,7 @@ def command(
         threads=threads,
         reference_dtype=reference_dtype,
         force=force,
+        stream_weights=stream_weights,
     )
     check_place(json_file, html_file)
     with progress(verbose) as shown:

@@ -162,6 +162,7 @@ def _sides(report: ValidationReport) -> str:
         return {
             "Runs on": side["target"],
             "Numbers": side["dtype"] + (f", quantized: {side['quantization']}" if side["quantization"] else ""),
+            "Weights": "read from the checkpoint as they are used" if side.get("streams") else "held in memory",
             "Layers": str(side["layers"]),
             "Largest batch": str(side["max_batch_size"]),
             "Longest sequence": str(side["max_seq_len"]),

@@ -69,7 +69,9 @@ def print_report(report: ValidationReport, console: Console | None = None) -> No
 def _title(report: ValidationReport) -> str:
     engine, reference = report.engine, report.reference
     rounded = f" ({rounded_weights_of(engine['quantization'])})" if engine["quantization"] else ""
-    return f"{engine['target']} {engine['dtype']}{rounded} against {reference['target']} {reference['dtype']}, {engine['layers']} layers"
+    read = " (weights read as they are used)" if reference.get("streams") else ""
+    against = f"{reference['target']} {reference['dtype']}{read}"
+    return f"{engine['target']} {engine['dtype']}{rounded} against {against}, {engine['layers']} layers"
 
 
 def _print_layers(report: ValidationReport, console: Console) -> None:

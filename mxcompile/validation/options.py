@@ -17,7 +17,8 @@ class ValidationOptions:
     """`quick` runs fewer lengths, chunks and tokens of the same checks; the report says so.
 
     lengths: prompt lengths in tokens, default LENGTHS or QUICK_LENGTHS. seed: of the random prompts. threads: CPU threads, default
-    each runtime's own. force: compare although the engine was built from another checkpoint.
+    each runtime's own. force: compare although the engine was built from another checkpoint. stream_weights: PyTorch reads its weights
+    from the checkpoint whenever they are used; default: if they do not fit into memory.
     """
 
     quick: bool = False
@@ -26,6 +27,7 @@ class ValidationOptions:
     threads: int | None = None
     reference_dtype: str = "float32"
     force: bool = False
+    stream_weights: bool | None = None
 
     def __post_init__(self) -> None:
         if self.lengths is not None and (not self.lengths or min(self.lengths) < 1):

@@ -173,6 +173,7 @@ def _reference(opened: Checkpoint, options: ValidationOptions, layers: int, roun
     """The PyTorch definition, with its weights rounded as the engine's are."""
     from mxcompile.backends.pytorch import PyTorchSession
 
+    rounding = rounding | {"stream": options.stream_weights}
     return PyTorchSession.load(opened, options.reference_dtype, layers, threads=options.threads, **rounding)
 
 
@@ -189,6 +190,7 @@ def _yardstick_session(session: Session, opened: Checkpoint | None, options: Val
         session.config.dtype,
         session.config.num_layers,
         threads=options.threads,
+        stream=options.stream_weights,
         **yardstick_options(session.config),
     )
 
@@ -316,6 +318,7 @@ def _description(session: Session) -> dict[str, Any]:
         "dtype": config.dtype,
         "quantization": config.quantization,
         "model": config.model,
+        "streams": bool(getattr(session, "streams", False)),
         "layers": config.num_layers,
         "max_batch_size": session.max_batch_size,
         "max_seq_len": session.max_seq_len,
