@@ -50,7 +50,9 @@ def test_tiny_temperature_is_greedy_and_does_not_overflow():
 
 @settings(max_examples=200)
 @given(
-    arrays(np.float32, st.integers(1, 12), elements=st.one_of(st.floats(-(2.0**127), 2.0**127, width=32), st.just(-np.inf))),
+    arrays(
+        np.float32, st.integers(1, 12), elements=st.one_of(st.floats(-(2.0**127), 2.0**127, width=32), st.just(-np.inf))
+    ),
     st.sampled_from([0.0, 5e-324, 1e-30, 0.7, 1e300]),
     st.sampled_from([0, 1, 3, 100]),
     st.sampled_from([5e-324, 0.5, 1.0]),
