@@ -1,8 +1,8 @@
 """The kernels' machine code, disassembled: what the predictions in benchmarks/gpu/*_versions.md rest on.
 
 Checked on the library that the tests build, for one portable architecture and for sm_90a; where they do not build it for that, on the one
-in build/gpu, if it is of these sources (docs/gpu-runs.md). Needs cuobjdump and nvdisasm. A count that changes is no fault by itself: count again, then change the table
-and the prediction together.
+in build/gpu, if it is of these sources (docs/gpu-runs.md). Needs cuobjdump and nvdisasm. A count that changes is no fault by itself:
+count again, then change the table and the prediction together.
 """
 
 from __future__ import annotations
