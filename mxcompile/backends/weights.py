@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from engines.errors import EngineError
 from model_defs import ops
-from model_defs.quantization import SCHEMES, WHOLE, block_scheme, rounded_blocks, rounded_rows
+from model_defs.quantization import LEVELS, SCHEMES, WHOLE, BlockScheme, block_scheme
 from model_defs.text_model import MixtureOfExperts, TextModel, Weight, wide_dtype
 from model_defs.weights import Recipe, weight_recipes
 
@@ -58,13 +58,37 @@ class Rounding:
 
     def apply(self, name: str, stored_RC: NDArray) -> torch.Tensor:
         """Whole rows of the parameter `name`, as they are stored, in the definition's type; a copy. No row depends on another."""
+        values_RC = _tensor(stored_RC)
         scheme = None if self.quantize is None else block_scheme(name, self.quantize)
         if self.quantize_experts is not None and name.endswith((".fc1.weight", ".fc2.weight")):
             parts = self.expert_parts if name.endswith(".fc2.weight") else 1  # ranks have whole rows of fc1
-            stored_RC = np.hstack([rounded_rows(part) for part in np.split(stored_RC, parts, axis=1)])
+            scheme = BlockScheme(8, values_RC.shape[1] // parts)
         if scheme is not None:
-            stored_RC = rounded_blocks(stored_RC, scheme)
-        return _tensor(stored_RC).to(torch.float64 if self.dtype == "float64" else torch.float32).to(DTYPES[self.dtype])
+            values_RC = rounded(values_RC.float(), scheme)
+        return values_RC.to(torch.float64 if self.dtype == "float64" else torch.float32).to(DTYPES[self.dtype])
+
+
+def rounded(weight_RC: torch.Tensor, scheme: BlockScheme) -> torch.Tensor:
+    """float32 weights quantized and read back, the very numbers of `model_defs.quantization`, on all of torch's threads.
+
+    Experts with a scale per row are blocks as wide as a row.
+    """
+    blocks = weight_RC.unflatten(-1, (-1, scheme.block))
+    most, least = blocks.amax(-1, keepdim=True), blocks.amin(-1, keepdim=True)
+    if scheme.bits == 8:
+        low, high, scale = -LEVELS, LEVELS, torch.maximum(most, -least) / LEVELS
+    else:
+        low, high = -scheme.zero, scheme.zero - 1
+        largest = torch.where(most > -least, most, least)
+        tied = (most == -least).squeeze(
+            -1
+        )  # then the first one counts; searched for only where it matters, for it takes long
+        largest[tied] = blocks[tied].gather(-1, blocks[tied].abs().argmax(-1, keepdim=True))
+        scale = largest / low
+    if not torch.isfinite(scale).all():
+        raise ValueError("a weight is not finite")
+    scale.masked_fill_(scale == 0, 1)
+    return ((blocks / scale).round_().clamp_(low, high) * scale).flatten(-2)
 
 
 def load_model(

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from model_defs.checkpoint.reader import Checkpoint
 from model_defs.presets import preset
+from model_defs.quantization import WHOLE, BlockScheme, rounded_blocks, rounded_rows
 from mxcompile.backends import weights
 from mxcompile.backends.pytorch import PyTorchSession
 from mxcompile.building import build
@@ -107,3 +110,19 @@ def test_a_tensor_of_another_shape_is_named(tiny: Path, tmp_path: Path) -> None:
     wider = type(config).from_dict(config.to_dict() | {"vocab_size": config.vocab_size + 1})
     with pytest.raises(weights.EngineError, match=r"embed_tokens.*the model needs"):
         weights.load_model(checkpoint, wider, stream=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_weights_are_rounded_to_the_very_numbers_of_an_engine(dtype: Any) -> None:
+    """Among them blocks of zeros and, in 4 bits, blocks whose largest magnitude occurs with both signs."""
+    random = np.random.default_rng(1)
+    for size in (1e-3, 1.0, 1e3):
+        weight_RC = (random.standard_normal((40, 768)) * size).astype(dtype)
+        weight_RC[0], weight_RC[1, ::2], weight_RC[1, 1::2] = 0, size, -size
+        wide = torch.from_numpy(weight_RC.astype(np.float32))
+        for scheme in WHOLE.values():
+            assert np.array_equal(weights.rounded(wide, scheme).numpy(), rounded_blocks(weight_RC, scheme))
+        assert np.array_equal(weights.rounded(wide, BlockScheme(8, 768)).numpy(), rounded_rows(weight_RC))
+    weight_RC[3, 5] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        weights.rounded(torch.from_numpy(weight_RC.astype(np.float32)), WHOLE["int4"])
