@@ -121,7 +121,7 @@ class Manifest:
                 if file.root not in ("engine", "checkpoint"):
                     raise ValueError(f"unknown place {file.root!r}")
                 inside(file.name)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
             raise EngineError(f"{source}: not a list of weights ({error}); rebuild the engine") from None
         return manifest
 

@@ -11,7 +11,7 @@ import pytest
 from served import LIMIT_S, Served, free_ports
 
 from engines.errors import EngineError
-from mxcompile.errors import MxcompileError
+from mxcompile.errors import EnvironmentProblem, MxcompileError
 from mxcompile.serving.triton.repository import write_repository
 from mxcompile.serving.triton.server import TritonServer
 from mxcompile.serving.worker import Settings
@@ -94,7 +94,7 @@ def test_a_model_that_cannot_start_says_why(installation, engine, tmp_path):
     with (
         (tmp_path / "log").open("w") as log,
         TritonServer(installation, tmp_path / "repo", log=log, **ports) as server,
-        pytest.raises(MxcompileError, match="ended while it was starting"),
+        pytest.raises(EnvironmentProblem, match="ended while it was starting"),
     ):
         server.wait_ready(LIMIT_S)
     assert "rebuild the engine" in (tmp_path / "log").read_text()

@@ -219,3 +219,8 @@ def test_experts_of_another_shape_are_refused(tmp_path: Path) -> None:
     source.entries[name] = dataclasses.replace(source.entries[name], shape=(columns, rows))
     with pytest.raises(ExportError, match=rf"experts\.1\.w2.*\[{columns}, {rows}\]"):
         rank_model(ShardingPlan(config, ParallelMapping(1, 1, 1)), 0, source, "bfloat16")
+
+
+def test_a_list_of_weights_that_nests_without_end_is_refused() -> None:
+    with pytest.raises(EngineError, match="not a list of weights"):
+        Manifest.from_json('{"files":' + "[" * 200_000, "rank0.weights.json")

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from mxcompile.errors import EnvironmentProblem, MxcompileError
+from mxcompile.errors import EnvironmentProblem
 from mxcompile.serving.triton.environment import TritonInstallation, backend_directory
 
 DRAIN_S = 30
@@ -139,18 +139,18 @@ class TritonServer:
         return "Triton's Python process ended by itself" if self._stubs - _children(self.pid) else None
 
     def wait_ready(self, limit_s: float = 600.0, stop: threading.Event | None = None) -> None:
-        """Return when it serves, or `stop` is set. Raises MxcompileError when it ends before, or takes longer."""
+        """Return when it serves, or `stop` is set. Raises EnvironmentProblem when it ends before, or takes longer."""
         end = time.monotonic() + limit_s
         while time.monotonic() < end:
             if stop is not None and stop.is_set():
                 return
             if self.returncode is not None:
-                raise MxcompileError("Triton ended while it was starting; its messages above say why")
+                raise EnvironmentProblem("Triton ended while it was starting; its messages above say why")
             if self.ready():
                 self._stubs = _children(self.pid)
                 return
             time.sleep(0.05)
-        raise MxcompileError(f"Triton was not ready after {limit_s:g} s")
+        raise EnvironmentProblem(f"Triton was not ready after {limit_s:g} s")
 
     def ready(self) -> bool:
         """Whether it takes requests now."""
