@@ -130,6 +130,12 @@ def test_attention_that_means_something_else_is_refused(change: dict, message: s
         LowerAttention()(parse(text))
 
 
+def test_heads_that_the_kernel_does_not_take_are_refused_at_the_build() -> None:
+    narrow = ATTENTION.format(**PLAIN).replace("0, 0, 4, 8", "0, 0, 8, 4").replace("0, 0, 2, 8", "0, 0, 4, 4")
+    with pytest.raises(Exception, match="multiple of 8 channels, not of 4"):
+        LowerAttention()(parse(narrow.replace("[B,2,S,8]", "[B,4,S,4]")))
+
+
 LINEAR_ATTENTION = """g (float[1,T,8] q, float[1,T,8] k, float[1,T,8] v, float[1,2,4,4] s, float[1,T,2] d)
     => (float[1,T,8] y, float[1,2,4,4] ns) {{
   y, ns = LinearAttention<q_num_heads = 2, kv_num_heads = 2, update_rule = "gated"{scale}>(q, k, v, s, d)

@@ -72,6 +72,9 @@ def to_group_query(node: ir.Node, lengths: dict[ir.Value, tuple[ir.Value, ir.Val
     heads, groups = static_dims(query)[1], static_dims(new_keys)[1]
     if heads is None or groups is None:
         raise ValueError(f"{node.name}: the number of heads is not known")
+    channels = static_dims(query)[3]
+    if channels is not None and channels % 8:
+        raise ValueError(f"its attention takes heads of a multiple of 8 channels, not of {channels}")
 
     packed_query, where = _packed(query, heads, node), key_write.inputs[2]
     assert where is not None
