@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ def export_once(preset_name: str, dtype: str, tp_size: int, moe_ep_size: int) ->
     from export.save import save_graph
     from export.trace import trace_model
     from model_defs.presets import preset
+    from mxcompile.exporting import peak_memory
 
     plan = ShardingPlan(preset(preset_name), ParallelMapping.of(tp_size, moe_ep_size=moe_ep_size))
     model = trace_model(plan.config, dtype)
@@ -40,7 +40,7 @@ def export_once(preset_name: str, dtype: str, tp_size: int, moe_ep_size: int) ->
     return {
         "trace_seconds": round(traced - start, 2),
         "total_seconds": round(time.perf_counter() - start, 2),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_memory(),
         "nodes": len(model.graph),
         "graphs": len(saved),
         "graph_bytes": sum(one.graph_bytes for one in saved),

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -44,7 +43,7 @@ from export.weights import bind_weights
 from model_defs.checkpoint.names import expected_tensors
 from model_defs.config import ModelConfig
 from model_defs.presets import preset
-from mxcompile.exporting import graph
+from mxcompile.exporting import graph, peak_memory
 from mxcompile.quantized import quantize
 
 TARGET = "tensorrt-rtx"
@@ -122,7 +121,7 @@ def int8(config: ModelConfig, request: BuildRequest, scratch: Path) -> dict[str,
 def _result(stages: Stages, weight_bytes: int, compiled: Any) -> dict[str, Any]:
     return {
         "seconds": stages.seconds(),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_memory(),
         "weight_bytes": weight_bytes,
         "plan_bytes": compiled.size,
         "plugins": dict(Counter(layer["plugin"] for layer in compiled.layers if layer["plugin"])),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -97,3 +99,10 @@ def test_peak_memory_sees_what_was_held_and_given_back():
     assert memory.peak_bytes() - before > 48 << 20
     memory.reset_peak()
     assert memory.peak_bytes() - before < 48 << 20
+
+
+def test_a_build_does_not_tell_the_peak_memory_of_what_started_it():
+    block = np.ones(64 << 20)  # 512 MiB
+    child = [sys.executable, "-c", "from mxcompile.exporting import peak_memory; print(peak_memory())"]
+    done = subprocess.run(child, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < block.nbytes
