@@ -36,7 +36,7 @@ MINIMUM_ORT = (1, 31)
 PREFILL_GRAPH_FROM = 8  # tokens of a run (rows times tokens) from which the prefill graph is faster
 # The same where experts are quantized by blocks. QMoE gives threads whole experts; products of few rows each, one after the other,
 # leave a second thread nothing (docs/quantization.md).
-QUANTIZED_PREFILL_FROM = 192
+QUANTIZED_PREFILL_FROM = 128
 _TAP = "float32."  # begins the name of a tapped 16-bit value as float32
 Verify = Literal["quick", "full"]
 
