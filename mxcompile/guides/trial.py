@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
-from mxcompile.child import start_child
+from mxcompile.child import Child, limit
 from mxcompile.guides.guide import Guide, GuideError
 
 SECONDS = 2  # of processor time for one guide; a large schema takes a tenth
@@ -37,13 +37,11 @@ class Trial:
 
     def __init__(self, size: int, special: Sequence[tuple[int, str]]) -> None:
         """`size` of the vocabulary; `special` tokens in it, which grammars may name."""
-        self._vocabulary = json.dumps({"size": size, "special": special}).encode()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self._child = Child("mxcompile.guides.trial", json.dumps({"size": size, "special": special}).encode())
 
     def compile(self, guide: Guide) -> str:
         """The guide in the library's form. Raises GuideError with the reason when it cannot be followed."""
-        connection, process = self._started()
+        connection, process = self._child.started()
         try:
             connection.send_bytes(json.dumps({"kind": guide.kind, "text": guide.text}).encode())
             answer = json.loads(connection.recv_bytes()) if connection.poll(_HANG_S) else None
@@ -64,39 +62,20 @@ class Trial:
 
     def close(self) -> None:
         """End the child process."""
-        if self._connection is not None:
-            self._connection.close()
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        self._process = self._connection = None
-
-    def _started(self) -> tuple[Connection, subprocess.Popen[bytes]]:
-        if self._process is not None and self._process.poll() is not None:
-            self.close()
-        if self._process is None or self._connection is None:
-            self._process, self._connection = start_child("mxcompile.guides.trial")
-            self._connection.send_bytes(self._vocabulary)
-        return self._connection, self._process
+        self._child.close()
 
 
 def main() -> int:
     """Serve the process at the other end until it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C on a terminal is for others to answer
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _limit(resource.RLIMIT_AS, _MOST_MEMORY)
+    limit(resource.RLIMIT_AS, _MOST_MEMORY)
     connection = Connection(int(sys.argv[1]))
     threading.stack_size(STACK)
     thread = threading.Thread(target=_serve, args=(connection,))
     thread.start()
     thread.join()
     return 0
-
-
-def _limit(what: int, most: int) -> None:
-    """Take at most so much of a resource, or less where this machine allows less."""
-    _, hard = resource.getrlimit(what)
-    resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def _serve(connection: Connection) -> None:
@@ -114,7 +93,7 @@ def _serve(connection: Connection) -> None:
         tokenizer = make_tokenizer(tokens, list(special), lambda data: [plain[byte] for byte in data])
         while True:
             asked = json.loads(connection.recv_bytes())
-            _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + SECONDS)
+            limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + SECONDS)
             try:
                 answer = {"grammar": _tried(tokenizer, Guide(asked["kind"], asked["text"]))}
             except GuideError as error:

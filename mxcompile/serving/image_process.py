@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from engines.config import VisionHalf
 from engines.errors import EngineError
 from engines.vision.pixels import prepare
+from mxcompile.child import limit
 
 MOST_MEMORY = 4 << 30  # bytes of address space; the largest image takes a fourth of it
 
@@ -26,9 +27,7 @@ MOST_MEMORY = 4 << 30  # bytes of address space; the largest image takes a fourt
 def main() -> int:
     """Serve the engine process at the other end until it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C on a terminal is for others to answer
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = MOST_MEMORY if hard == resource.RLIM_INFINITY else min(MOST_MEMORY, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    limit(resource.RLIMIT_AS, MOST_MEMORY)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it would hold somebody's image
     connection = Connection(int(sys.argv[1]))
     with contextlib.suppress(EOFError, OSError):  # the engine process is gone

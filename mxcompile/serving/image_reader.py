@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import queue
-import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
 
 import numpy as np
 
 from engines.config import VisionHalf
 from engines.vision.layout import token_rows
 from engines.vision.pixels import PreparedImage
-from mxcompile.child import start_child
+from mxcompile.child import Child
 from mxcompile.serving.images import PromptImage
 from mxcompile.serving.requests import RequestError
 
@@ -41,8 +38,7 @@ class ImageReader:
         self.vision = vision
         self._limit_s = limit_s
         self._asked: queue.SimpleQueue[Reading | None] = queue.SimpleQueue()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self._child = Child("mxcompile.serving.image_process", json.dumps(asdict(vision)).encode())
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -67,12 +63,12 @@ class ImageReader:
                 reading.outcome = error
             except Exception as error:  # else this request, and all later ones, would wait for ever
                 reading.outcome = RequestError(f"{reading.image.name}: could not be read ({error!r})", "internal")
-                self._stop()
+                self._child.close()
             reading.ready()
-        self._stop()
+        self._child.close()
 
     def _read(self, image: PromptImage) -> PreparedImage:
-        connection, process = self._started()
+        connection, process = self._child.started()
         late = threading.Event()
 
         def kill() -> None:
@@ -87,7 +83,7 @@ class ImageReader:
             head = json.loads(connection.recv_bytes())
             tiles = None if "error" in head else np.frombuffer(connection.recv_bytes(), np.float32)
         except (EOFError, OSError):
-            self._stop()
+            self._child.close()
             why = f"takes longer than {self._limit_s:g} s" if late.is_set() else "ended its decoder"
             raise RequestError(f"{image.name}: the image {why}; save it anew with another program") from None
         finally:
@@ -97,20 +93,3 @@ class ImageReader:
         if tuple(head["size"]) != image.size:
             raise RequestError(f"{image.name}: the image is damaged (its head gives another size than its pixels)")
         return PreparedImage(image.name, image.size, tiles.reshape(head["shape"]), token_rows(image.size, self.vision))
-
-    def _started(self) -> tuple[Connection, subprocess.Popen[bytes]]:
-        if self._process is not None and self._process.poll() is not None:
-            self._stop()
-        if self._process is None or self._connection is None:
-            self._process, self._connection = start_child("mxcompile.serving.image_process")
-            self._connection.send_bytes(json.dumps(asdict(self.vision)).encode())
-        return self._connection, self._process
-
-    def _stop(self) -> None:
-        if self._connection is not None:
-            with contextlib.suppress(OSError):
-                self._connection.close()
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        self._connection = self._process = None

@@ -138,14 +138,14 @@ def test_a_lost_decoder_costs_one_image(reader, vision):
     image = looked_at(encoded(picture(50, 50)), vision)
     expected = read(reader, image).tiles_NCYX
     for end in (signal.SIGKILL, signal.SIGSEGV):
-        reader._process.send_signal(end)
-        reader._process.wait(LIMIT_S)
+        reader._child.process.send_signal(end)
+        reader._child.process.wait(LIMIT_S)
         np.testing.assert_array_equal(read(reader, image).tiles_NCYX, expected)  # it was at rest
-        reader._process.send_signal(signal.SIGSTOP)
+        reader._child.process.send_signal(signal.SIGSTOP)
         done: queue.Queue[bool] = queue.Queue()
         lost = reader.read(image, lambda done=done: done.put(True))
-        reader._process.send_signal(end)
-        reader._process.send_signal(signal.SIGCONT)
+        reader._child.process.send_signal(end)
+        reader._child.process.send_signal(signal.SIGCONT)
         assert done.get(timeout=LIMIT_S)
         assert isinstance(lost.outcome, PreparedImage | RequestError)  # whichever was first
         np.testing.assert_array_equal(read(reader, image).tiles_NCYX, expected)
@@ -154,7 +154,7 @@ def test_a_lost_decoder_costs_one_image(reader, vision):
 def test_an_image_that_takes_too_long_is_given_up(reader, vision, monkeypatch):
     image = looked_at(encoded(picture(50, 50)), vision)
     read(reader, image)
-    reader._process.send_signal(signal.SIGSTOP)
+    reader._child.process.send_signal(signal.SIGSTOP)
     with monkeypatch.context() as short:
         short.setattr(reader, "_limit_s", 0.1)
         outcome = read(reader, image)
@@ -166,11 +166,11 @@ def test_an_image_that_takes_too_long_is_given_up(reader, vision, monkeypatch):
 def test_what_was_dropped_is_not_read(reader, vision):
     image = looked_at(encoded(picture(50, 50)), vision)
     read(reader, image)
-    reader._process.send_signal(signal.SIGSTOP)
+    reader._child.process.send_signal(signal.SIGSTOP)
     done: queue.Queue[str] = queue.Queue()
     readings = [reader.read(image, lambda name=name: done.put(name)) for name in "abc"]
     readings[1].dropped = True
-    reader._process.send_signal(signal.SIGCONT)
+    reader._child.process.send_signal(signal.SIGCONT)
     assert [done.get(timeout=LIMIT_S), done.get(timeout=LIMIT_S)] == ["a", "c"]
     assert readings[1].outcome is None
 
@@ -178,7 +178,7 @@ def test_what_was_dropped_is_not_read(reader, vision):
 def test_the_process_has_little_memory(reader, vision):
     """Else a file could take all of the machine's."""
     read(reader, looked_at(encoded(picture(50, 50)), vision))
-    assert psutil.Process(reader._process.pid).rlimit(psutil.RLIMIT_AS)[0] <= 4 << 30
+    assert psutil.Process(reader._child.process.pid).rlimit(psutil.RLIMIT_AS)[0] <= 4 << 30
 
 
 def test_base64_is_taken_with_line_breaks_and_not_cut_off():

@@ -38,13 +38,13 @@ def held(reader):
 
     @contextlib.contextmanager
     def hold():
-        if reader._process is None or reader._process.poll() is not None:
+        if reader._child.process is None or reader._child.process.poll() is not None:
             reader._started()
-        reader._process.send_signal(signal.SIGSTOP)
+        reader._child.process.send_signal(signal.SIGSTOP)
         try:
             yield
         finally:
-            reader._process.send_signal(signal.SIGCONT)
+            reader._child.process.send_signal(signal.SIGCONT)
 
     return hold
 
