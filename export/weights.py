@@ -122,12 +122,12 @@ class MadeTensor(ir.LazyTensor):
         self.pieces = pieces
 
 
-class ConvertedTensor(MadeTensor):
-    """A checkpoint tensor in another type than it is stored in, or some of its columns."""
+class RecipeTensor(MadeTensor):
+    """A weight that a recipe makes."""
 
     def __init__(
         self,
-        recipe: Direct,
+        recipe: Recipe,
         read: ReadArray,
         dtype: ir.DataType,
         shape: ir.Shape,
@@ -138,24 +138,18 @@ class ConvertedTensor(MadeTensor):
         self._recipe, self._read = recipe, read
 
     def stored(self) -> NDArray:
-        """The tensor in the type it is stored in, usually a view of the mapped file."""
+        """The weight in the type it is stored in; where the recipe is one tensor, usually a view of the mapped file."""
         return self._recipe.assemble(self._read)
 
 
-class ExpertTensor(MadeTensor):
+class ConvertedTensor(RecipeTensor):
+    """A checkpoint tensor in another type than it is stored in, or some of its columns."""
+
+
+class ExpertTensor(RecipeTensor):
     """The stacked weights of a layer's experts, whole or one expert at a time."""
 
-    def __init__(
-        self,
-        recipe: Stacked | InterleavedStack,
-        read: ReadArray,
-        dtype: ir.DataType,
-        shape: ir.Shape,
-        name: str,
-        pieces: tuple[Piece, ...] | None,
-    ) -> None:
-        super().__init__(lambda: recipe.assemble(read), dtype, shape, name, pieces)
-        self._recipe, self._read = recipe, read
+    _recipe: Stacked | InterleavedStack
 
     def experts(self) -> Iterator[NDArray]:
         """Each expert's weights [rows, columns] in the type they are stored in. Raises ExportError where the shape is wrong."""
