@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from abc import abstractmethod
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -123,11 +124,11 @@ class Common(BaseModel):
             raise MxcompileError("structured_outputs: give this or response_format, not both")
         return self.structured_outputs.guide()
 
+    @abstractmethod
     def requests(self, family: str, images: bool) -> list[dict[str, Any]]:
         """The fields of Triton's generate request for each prompt. `family` of the model as its configuration has it; `images`:
         whether the engine takes any.
         """
-        raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
         """Those of them that neither prompt nor length are part of."""
