@@ -34,8 +34,8 @@ def rotary_frequencies(rotary_dim: int, theta: float) -> NDArray[np.float32]:
     """theta^(-2 i / rotary_dim) for i < rotary_dim / 2, in the original's order of fp32 operations: fp32 [rotary_dim / 2].
 
     Computed once and written into graphs as numbers: at position one million the last bit of a frequency is a visible angle, so
-    no two runtimes may compute it for themselves. The power is rounded once, from fp64: numpy's own of fp32 is off by up to two
-    bits, and differs from processor to processor.
+    no two runtimes may compute it for themselves. The power is rounded once, from fp64: numpy's own of fp32 was seen off by
+    two bits, in its vectorized form only, so it need not be the same on every processor.
     """
     exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
     powers = (np.float64(theta) ** exponents.astype(np.float64)).astype(np.float32)

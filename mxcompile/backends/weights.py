@@ -30,7 +30,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# Numbers that are widened at a time: 8 MiB in fp32 stay in a core's cache until the product has used them.
+# Numbers that are widened at a time: 8 MiB in fp32, little beside a model that does not fit into memory.
 _BLOCK = 1 << 21
 
 
@@ -80,9 +80,8 @@ def rounded(weight_RC: torch.Tensor, scheme: BlockScheme) -> torch.Tensor:
     else:
         low, high = -scheme.zero, scheme.zero - 1
         largest = torch.where(most > -least, most, least)
-        tied = (most == -least).squeeze(
-            -1
-        )  # then the first one counts; searched for only where it matters, for it takes long
+        # Of largest magnitudes with both signs the first one counts. A search of all blocks would take longer than all the rest.
+        tied = (most == -least).squeeze(-1)
         largest[tied] = blocks[tied].gather(-1, blocks[tied].abs().argmax(-1, keepdim=True))
         scale = largest / low
     if not torch.isfinite(scale).all():
@@ -183,8 +182,8 @@ def _alternate(arrays: list[NDArray]) -> NDArray:
 
 
 def _tensor(array: NDArray) -> torch.Tensor:
-    """A copy, because the checkpoint's arrays are views of a file that must not be written to; torch widens bfloat16 many times
-    faster than numpy does.
+    """A copy, because the checkpoint's arrays are views of a file that must not be written to. torch widens bfloat16 on
+    all of its threads.
     """
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(np.array(array.view(np.int16))).view(torch.bfloat16)
