@@ -191,16 +191,28 @@ def main() -> None:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+    write(
+        options,
+        ("tensorrt-rtx-cu13", "torch", "onnx", "onnx-ir", "numpy"),
+        {
+            "benchmark": "full_size_build",
+            "gpu": options.gpu,
+            "ranks": options.ranks,
+            "max_seq_len": options.max_seq_len,
+            "max_batch_size": options.max_batch_size,
+        }
+        | result,
+    )
+
+
+def write(options: argparse.Namespace, libraries: Sequence[str], result: dict[str, Any]) -> None:
+    """Print a result, with date, note, machine and versions, and write it where `--json` says."""
     about = {
-        "benchmark": "full_size_build",
+        "benchmark": result["benchmark"],
         "date": date.today().isoformat(),
         "note": options.note,
         "machine": {"cores": len(os.sched_getaffinity(0)), "system": platform.platform()},
-        "versions": {name: version(name) for name in ("tensorrt-rtx-cu13", "torch", "onnx", "onnx-ir", "numpy")},
-        "gpu": options.gpu,
-        "ranks": options.ranks,
-        "max_seq_len": options.max_seq_len,
-        "max_batch_size": options.max_batch_size,
+        "versions": {name: version(name) for name in libraries},
     }
     text = json.dumps(about | result, indent=1)
     if options.json:

@@ -14,18 +14,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import shutil
 import sys
 import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.full_size_build import run
+from benchmarks.full_size_build import run, write
 from model_defs.checkpoint.create import create_checkpoint
 from model_defs.presets import preset
 from mxcompile.validation.results import ValidationReport
@@ -80,20 +76,8 @@ def main() -> None:
         result = measure(options, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    about = {
-        "benchmark": "full_width_validate",
-        "date": date.today().isoformat(),
-        "note": options.note,
-        "machine": {"cores": len(os.sched_getaffinity(0)), "system": platform.platform()},
-        "versions": {name: version(name) for name in ("onnxruntime", "torch", "onnx", "onnx-ir", "numpy")},
-        "quantize": options.quantize,
-        "experts": options.experts,
-    }
-    text = json.dumps(about | result, indent=1)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n")
-    print(text)
+    about = {"benchmark": "full_width_validate", "quantize": options.quantize, "experts": options.experts}
+    write(options, ("onnxruntime", "torch", "onnx", "onnx-ir", "numpy"), about | result)
 
 
 if __name__ == "__main__":

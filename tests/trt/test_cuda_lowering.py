@@ -12,11 +12,11 @@ import lowered_graph
 import numpy as np
 import pytest
 import reference_ops
-from lowered_graph import Evaluated, canonical, numpy_of, small_config
+from lowered_graph import Evaluated, canonical, small_config
 from onnx.reference.op_run import OpRun
 from onnx.reference.ops import op_linear_attention
 from reference_ops import wide
-from test_lowered_numerics import RATIO, STEPS, Torch, relative_rms
+from test_lowered_numerics import RATIO, STEPS, Torch, assert_states_as_near, relative_rms
 
 from engines.onnxruntime.kernels import without_kernel
 from engines.onnxruntime.lowering import lower_for_cuda
@@ -97,10 +97,4 @@ def test_ragged_prefill_and_continuation_equal_pytorch(dtype: str, monkeypatch: 
             kept.append(who.step(ids, new)[valid])
     wanted, torch_logits, our_logits = (np.concatenate(kept) for kept in logits)
     assert relative_rms(our_logits, wanted) < RATIO * relative_rms(torch_logits, wanted)
-    for state, torch_state, true_state in zip(ours.states.values(), theirs.states, truth.states, strict=True):
-        seen = [np.s_[row] if state.dtype == np.float32 else np.s_[row, :, : ours.past[row]] for row in range(2)]
-        found, near, wanted = (
-            np.concatenate([x[part].astype(np.float32).reshape(-1) for part in seen])
-            for x in (state, numpy_of(torch_state), numpy_of(true_state))
-        )
-        assert relative_rms(found, wanted) < RATIO * relative_rms(near, wanted) + 1e-6
+    assert_states_as_near(ours, theirs, truth)

@@ -27,6 +27,17 @@ def relative_rms(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.sqrt(np.square(found - wanted).mean() / np.square(wanted).mean()))
 
 
+def assert_states_as_near(ours: Evaluated, theirs: Torch, truth: Torch) -> None:
+    """The states of both rows, caches as far as they are filled, lie within RATIO of as near to the truth as PyTorch's."""
+    for state, torch_state, true_state in zip(ours.states.values(), theirs.states, truth.states, strict=True):
+        seen = [np.s_[row] if state.dtype == np.float32 else np.s_[row, :, : ours.past[row]] for row in range(2)]
+        found, near, wanted = (
+            np.concatenate([x[part].astype(np.float32).reshape(-1) for part in seen])
+            for x in (state, numpy_of(torch_state), numpy_of(true_state))
+        )
+        assert relative_rms(found, wanted) < RATIO * relative_rms(near, wanted) + 1e-6
+
+
 class Torch:
     """The definition, stepping."""
 
@@ -61,13 +72,7 @@ def test_ragged_prefill_and_continuation_equal_pytorch(dtype: str, attention: At
     wanted, torch_logits, our_logits = (np.concatenate(kept) for kept in logits)
     assert relative_rms(torch_logits, wanted) < 0.1  # else the comparison would prove nothing
     assert relative_rms(our_logits, wanted) < RATIO * relative_rms(torch_logits, wanted)
-    for state, torch_state, true_state in zip(ours.states.values(), theirs.states, truth.states, strict=True):
-        seen = [np.s_[row] if state.dtype == np.float32 else np.s_[row, :, : ours.past[row]] for row in range(2)]
-        found, near, wanted = (
-            np.concatenate([x[part].astype(np.float32).reshape(-1) for part in seen])
-            for x in (state, numpy_of(torch_state), numpy_of(true_state))
-        )
-        assert relative_rms(found, wanted) < RATIO * relative_rms(near, wanted) + 1e-6
+    assert_states_as_near(ours, theirs, truth)
 
 
 @pytest.mark.parametrize("attention", ["mask", "plugin"])
